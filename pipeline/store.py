@@ -1,0 +1,393 @@
+"""Artifacts on disk: content keys, atomic commit, locks, atomic publishing.
+
+Layout under the root (`engines/.store`):
+
+    <stage>/<key>/            one finished artifact: its files and manifest.json
+    work/<key>/               an unfinished one; never looked at by a reader
+    failed/<stage>-<key>/     what a failed run left: its log, and reports that explain the failure
+    locks/<key>.lock          held while a key is being made
+
+A directory under <stage>/ is complete by construction: manifest.json is written last, then the whole
+directory is renamed into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import GateError, Problem, StageError
+
+MANIFEST = "manifest.json"
+LOG = "stage.log"
+_TAG = b"trtpipe action 1\n"
+_CHUNK_BYTES = 1 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte form of a JSON value: sorted keys, no spaces, no NaN; distinct values differ.
+
+    Raises:
+        TypeError: anything that is not None, bool, int, float, str, list, tuple or dict with text keys.
+        ValueError: NaN or infinity.
+    """
+    _check_plain(value)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()
+
+
+def _check_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if not isinstance(key, str):  # json would turn 1 and "1" into the same key
+                raise TypeError(f"key {key!r} is not text")
+            _check_plain(child)
+    elif isinstance(value, list | tuple):
+        for child in value:
+            _check_plain(child)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise TypeError(f"{type(value).__name__} has no canonical form")
+
+
+@dataclass(frozen=True)
+class Action:
+    """Everything that decides the bytes of one artifact.
+
+    Attributes:
+        stage: name of the stage.
+        version: raised by hand when the stage's output changes for the same input.
+        config: the part of the config that the stage reads.
+        inputs: role -> identity of the input (key of an artifact, digest of an external file).
+        tools: distribution -> version, of the tools whose version may change the output.
+        target_sm: compute capability times ten; None when the output does not depend on the GPU.
+    """
+
+    stage: str
+    version: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    target_sm: int | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The action as plain data, the form that is hashed and stored."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    @property
+    def key(self) -> str:
+        """sha256 (64 hexadecimal digits) over the tagged canonical JSON of `fields`."""
+        return hashlib.sha256(_TAG + canonical_json(self.fields())).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One finished artifact.
+
+    Attributes:
+        path: its directory; read only.
+        key: identity.
+        manifest: parsed manifest.json.
+    """
+
+    path: Path
+    key: str
+    manifest: dict[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage reported about its output (sizes, perplexities ...)."""
+        facts: dict[str, Any] = self.manifest["facts"]
+        return facts
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of the file sizes."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes as 64 hexadecimal digits, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def list_files(directory: Path) -> list[Path]:
+    """All files below a directory, sorted, links to files included."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Relative name -> {bytes, sha256} of every file below `directory` but the manifest and the log.
+
+    Of a symbolic link the target is noted instead of a hash: links lead to external files, whose content
+    is part of the key already.
+    """
+    described: dict[str, dict[str, Any]] = {}
+    for path in list_files(directory):
+        name = path.relative_to(directory).as_posix()
+        if name in (MANIFEST, LOG):
+            continue
+        identity = (
+            {"link": str(path.readlink())} if path.is_symlink() else {"sha256": file_sha256(path)}
+        )
+        described[name] = {"bytes": path.stat().st_size, **identity}
+    return described
+
+
+class Store:
+    """Artifacts by key under one root directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def artifact_dir(self, action: Action) -> Path:
+        """Where the artifact of an action lies, or would."""
+        return self.root / action.stage / action.key
+
+    def lookup(self, action: Action) -> Artifact | None:
+        """The artifact of an action, or None when it has not been made.
+
+        Sizes are compared with the manifest, so a file that was truncated or removed behind our back is
+        a miss, not a surprise later. Contents are checked by `damaged_files`.
+        """
+        path = self.artifact_dir(action)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return None
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                return None
+        return Artifact(path, action.key, manifest)
+
+    def actions_of(self, stage: str) -> list[dict[str, Any]]:
+        """Stored manifests of one stage, newest first: what `explain` compares with."""
+        manifests = []
+        for path in (self.root / stage).glob(f"*/{MANIFEST}"):
+            with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
+                manifests.append(json.loads(path.read_text("utf-8")))
+        return sorted(manifests, key=lambda manifest: str(manifest["created"]), reverse=True)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock of `name` across processes; the kernel releases it when the holder dies.
+
+        Args:
+            name: usually an action's key.
+            on_wait: called once if another process holds it.
+        """
+        path = self.root / "locks" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def new_work_dir(self, action: Action) -> Path:
+        """An empty directory to make an artifact in; call while holding the lock of its key."""
+        path = self.root / "work" / action.key
+        if path.exists():  # a run that was killed: the lock tells that nobody works in it
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        return path
+
+    def commit(self, action: Action, work_dir: Path, facts: dict[str, Any]) -> Artifact:
+        """Turn a finished work directory into the artifact of `action`, atomically."""
+        manifest = {
+            "action": action.fields(),
+            "key": action.key,
+            "facts": facts,
+            "files": describe_files(work_dir),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        write_json(work_dir / MANIFEST, manifest)
+        _sync_tree(work_dir)
+        _make_read_only(work_dir)
+        final = self.artifact_dir(action)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():  # damaged, or `lookup` would have found it
+            shutil.rmtree(final)
+        work_dir.rename(final)
+        _sync_directory(final.parent)
+        return Artifact(final, action.key, manifest)
+
+    def keep_failure(self, action: Action, work_dir: Path, keep: tuple[str, ...]) -> Path:
+        """Keep the log and the files named in `keep` of a failed work directory, drop the rest."""
+        kept = self.root / "failed" / f"{action.stage}-{action.key[:16]}"
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        for name in (LOG, *keep):
+            source = work_dir / name
+            if source.exists():
+                (kept / name).parent.mkdir(parents=True, exist_ok=True)
+                source.rename(kept / name)
+        shutil.rmtree(work_dir)
+        return kept
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON, one key a line, sorted, with a final newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+
+
+def damaged_files(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]:
+    """Every file that is missing, resized, changed, or not named in the manifest."""
+    problems = []
+    listed = manifest["files"]
+    for name, entry in listed.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(Problem(str(path), "is missing"))
+        elif path.stat().st_size != entry["bytes"]:
+            what = f"has {path.stat().st_size} bytes, {entry['bytes']} were published"
+            problems.append(Problem(str(path), what))
+        elif "sha256" in entry and file_sha256(path) != entry["sha256"]:
+            problems.append(Problem(str(path), "was changed after publishing (sha256 differs)"))
+    for path in list_files(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in listed and name not in (MANIFEST, LOG):
+            problems.append(Problem(str(path), "is not in the manifest"))
+    return problems
+
+
+def link_tree(source: Path, destination: Path, skip: tuple[str, ...] = (MANIFEST, LOG)) -> None:
+    """Fill `destination` with the files of `source` as hard links (copies across file systems)."""
+    for path in list_files(source):
+        name = path.relative_to(source)
+        if name.as_posix() in skip:
+            continue
+        target = destination / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), target)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(path, target)
+
+
+def publish(fill: Callable[[Path], None], destination: Path, *, manifest: dict[str, Any]) -> None:
+    """Replace `destination` by a new directory in one step.
+
+    Readers see the old directory or the new one, never a mixture and never nothing.
+
+    Args:
+        fill: writes the content into the directory it is given.
+        destination: the visible directory, made or replaced.
+        manifest: written as manifest.json, with the file list added; None of its keys is `files`.
+
+    Raises:
+        GateError: `destination` exists and was not published by us, so it is not ours to replace.
+    """
+    if destination.exists() and not (destination / MANIFEST).is_file():
+        raise GateError(
+            Problem(
+                str(destination),
+                "exists, and has no manifest.json: it was not published by this program",
+                fix="move it away",
+            )
+        )
+    staging = destination.parent / f".{destination.name}.new"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        fill(staging)
+        write_json(staging / MANIFEST, {**manifest, "files": describe_files(staging)})
+        _sync_tree(staging)
+        _swap(staging, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _sync_directory(destination.parent)
+
+
+def _swap(new: Path, visible: Path) -> None:
+    """Put `new` in the place of `visible`; afterwards `new` holds the old content, if any."""
+    if not visible.exists():
+        new.rename(visible)
+        return
+    if _exchange(new, visible):
+        return
+    # A file system without RENAME_EXCHANGE: for an instant the name is absent, never half-written.
+    old = visible.parent / f".{visible.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    visible.rename(old)
+    new.rename(visible)
+    shutil.rmtree(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """renameat2(RENAME_EXCHANGE); False where kernel, libc or file system lack it."""
+    import ctypes
+
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    result: int = renameat2(
+        at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange
+    )
+    return result == 0
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(directory: Path) -> None:
+    """Flush files to disk before the rename that makes them visible."""
+    for path in list_files(directory):
+        if not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    _sync_directory(directory)
+
+
+def _make_read_only(directory: Path) -> None:
+    """Published files are hard links to these: an edit there must not reach the store."""
+    for path in list_files(directory):
+        if not path.is_symlink():
+            path.chmod(0o444)
+
+
+def require_space(directory: Path, needed_bytes: int, what: str) -> None:
+    """Refuse to start what cannot be finished.
+
+    Raises:
+        StageError: fewer than `needed_bytes` are free on the file system of `directory`.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise StageError(
+            Problem(
+                str(directory),
+                f"{what} needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+                fix="free disk space, or put engines/ on a larger disk",
+            )
+        )

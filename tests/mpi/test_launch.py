@@ -1,0 +1,94 @@
+"""Ranks in turn and under the real mpirun; a failing rank is named and ends all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StageError, ToolError
+from pipeline.launch import RankJob, find_mpirun, mpirun_flags, run_ranks
+
+
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with small modules that ranks can run."""
+    (tmp_path / "writes.py").write_text(
+        "import sys, pathlib\nprint('hello')\npathlib.Path(sys.argv[1]).write_text('x')\n"
+    )
+    (tmp_path / "fails.py").write_text("raise ValueError('no such tensor')\n")
+    (tmp_path / "killed.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    (tmp_path / "waits.py").write_text(
+        "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\n"  # a rank that needs the others
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def _jobs(directory: Path, *modules: str) -> list[RankJob]:
+    return [
+        RankJob(rank, module, str(directory / f"out{rank}"), str(directory / f"rank{rank}.log"))
+        for rank, module in enumerate(modules)
+    ]
+
+
+def test_sequential_runs_all(workers: Path) -> None:
+    run_ranks(_jobs(workers, "writes", "writes"), "sequential", workers / "jobs.json")
+    assert (workers / "out0").exists()
+    assert (workers / "out1").exists()
+    assert "hello" in (workers / "rank1.log").read_text()
+
+
+def test_sequential_names_the_failing_rank(workers: Path) -> None:
+    with pytest.raises(StageError, match=r"rank 1: ended with code 1; .*\n[^$]*no such tensor"):
+        run_ranks(_jobs(workers, "writes", "fails"), "sequential", workers / "jobs.json")
+
+
+def test_a_kill_is_called_a_kill(workers: Path) -> None:
+    with pytest.raises(
+        StageError, match=r"rank 0: was killed by signal 9 \(usually: out of memory"
+    ):
+        run_ranks(_jobs(workers, "killed"), "sequential", workers / "jobs.json")
+
+
+@pytest.mark.mpi
+def test_mpirun_runs_all(workers: Path) -> None:
+    run_ranks(
+        _jobs(workers, "writes", "writes", "writes", "writes"), "mpirun", workers / "jobs.json"
+    )
+    assert all((workers / f"out{rank}").exists() for rank in range(4))
+    assert "hello" in (workers / "rank3.log").read_text()
+    assert not (workers / "jobs.json").exists()
+    assert not list(workers.glob("*.done")), "markers are removed"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("bad", ["fails", "killed"])
+def test_mpirun_a_failing_rank_ends_the_waiting_ones(workers: Path, bad: str) -> None:
+    with pytest.raises(StageError) as caught:
+        run_ranks(_jobs(workers, "waits", bad, "waits"), "mpirun", workers / "jobs.json")
+    assert "1" in str(caught.value)
+    if bad == "fails":
+        assert "rank 1: ended with code" in str(caught.value)
+        assert "no such tensor" in str(caught.value)
+
+
+def test_no_mpirun_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        ToolError, match=r"mpirun is not installed; fix: pip install 'trtpipe\[mpi\]'"
+    ):
+        find_mpirun()
+
+
+def test_flags_are_for_open_mpi_only(tmp_path: Path) -> None:
+    mpich = tmp_path / "mpirun"
+    mpich.write_text("#!/bin/sh\necho 'HYDRA build details: Version: 4.2'\n")
+    mpich.chmod(0o755)
+    assert mpirun_flags(mpich) == []
+    openmpi = tmp_path / "openmpi"
+    openmpi.write_text("#!/bin/sh\necho 'mpirun (Open MPI) 5.0.11'\n")
+    openmpi.chmod(0o755)
+    assert "--oversubscribe" in mpirun_flags(openmpi)
