@@ -49,10 +49,10 @@ client: $(READY)
 	@$(BIN)/python -m pipeline client $(CONFIG) "$(PROMPT)" --stream
 
 test: $(READY)
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow"
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" --strict-skips
 
 test-all: $(READY)
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --strict-skips
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,106 @@
+"""Weight formats as a table: which tensors a weight becomes, and what each dimension follows.
+
+Sources of the facts: ModelOpt 0.47 exports (unified Hugging Face layout and TensorRT-LLM checkpoint),
+compared bit for bit in tests/parity/test_modelopt_export.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+GROUP: Final = "group"
+GROUP_SIZES: Final = (64, 128)
+"""What the int4 kernels of TensorRT-LLM take."""
+
+
+@dataclass(frozen=True)
+class StoredDim:
+    """A dimension of a stored tensor follows dimension `parent` of the weight, divided by `divisor`."""
+
+    parent: int
+    divisor: int | Literal["group"] = 1
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor that a weight becomes.
+
+    Attributes:
+        source: suffix of the name in the Hugging Face checkpoint.
+        target: suffix of the name in the TensorRT-LLM checkpoint.
+        source_dtypes: safetensors dtypes that are read, and converted to `target_dtype`.
+        dims: None means: as the weight itself. A tensor that follows dimension 0 of the weight is
+            joined along it when several weights are fused; one that does not must be the same for all.
+        fill: the neutral value, written when the source has the tensor nowhere (a pre-quant scale that
+            was folded into the norm before it, or that the algorithm does not use). None: required.
+    """
+
+    source: str
+    target: str
+    source_dtypes: tuple[str, ...]
+    target_dtype: str
+    dims: tuple[StoredDim, ...] | None = None
+    fill: float | None = None
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """How the linears of the decoder layers are stored; everything else is `PLAIN`.
+
+    Attributes:
+        quant_algo: the name in hf_quant_config.json and in TensorRT-LLM's config.json; None: plain.
+        tensors: what one linear of shape [out, in] becomes.
+        group_size: consecutive input channels that share one scale; None: the format has no groups.
+    """
+
+    name: str
+    quant_algo: str | None
+    tensors: tuple[StoredTensor, ...]
+    group_size: int | None = None
+
+    def with_group_size(self, group_size: int) -> QuantFormat:
+        """The same format with another group size."""
+        assert self.group_size is not None, f"{self.name} has no groups"
+        return replace(self, group_size=group_size)
+
+    def divisor(self, dim: StoredDim) -> int:
+        """Elements of the weight's dimension per stored element."""
+        if dim.divisor != GROUP:
+            return dim.divisor
+        assert self.group_size is not None, f"{self.name} has no groups"
+        return self.group_size
+
+
+_FLOATS = ("F16", "BF16", "F32")
+
+PLAIN: Final = (StoredTensor("weight", "weight", _FLOATS, "F16"),)
+
+FORMATS: Final[dict[str, QuantFormat]] = {
+    "fp16": QuantFormat("fp16", None, PLAIN),
+    # Two's complement nibbles, rows 2i (low) and 2i+1 (high) of a column in one byte; no zero point.
+    # W = code * scale; the linear computes (x * pre_quant_scale) @ W^T.
+    "int4_awq": QuantFormat(
+        "int4_awq",
+        "W4A16_AWQ",
+        (
+            StoredTensor("weight", "weight", ("U8", "I8"), "I8", (StoredDim(0, 2), StoredDim(1))),
+            StoredTensor(
+                "weight_scale",
+                "weights_scaling_factor",
+                ("F32",),
+                "F32",
+                (StoredDim(0), StoredDim(1, GROUP)),
+            ),
+            StoredTensor(
+                "pre_quant_scale",
+                "prequant_scaling_factor",
+                _FLOATS,
+                "F16",
+                (StoredDim(1),),
+                fill=1.0,
+            ),
+        ),
+        group_size=128,
+    ),
+}
