@@ -1,0 +1,1 @@
+"""Generating text with an engine: requests, sampling, text assembly, KV slots."""

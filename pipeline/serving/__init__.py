@@ -1,0 +1,1 @@
+"""Serving an engine: Triton model repositories, the server process, and a client."""

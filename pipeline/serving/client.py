@@ -1,0 +1,190 @@
+"""Asking a served model, over HTTP or gRPC, in one piece or streaming."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pipeline.errors import Problem, RequestError, StageError, ToolError
+
+Protocol = Literal["http", "grpc"]
+PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
+# A proxy of the environment would get in the way of a server on this machine or network.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+START_HINT = "start it with `make serve MODEL=<name>`, or give the address of a running one"
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """What a request may say besides the prompt; None leaves the server's default.
+
+    Attributes are those of pipeline.runtime.requests.GenerationRequest; in addition:
+        exclude_input_in_output: False repeats the prompt in front of the answer.
+    """
+
+    max_tokens: int = 128
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop_words: tuple[str, ...] = ()
+    exclude_input_in_output: bool | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the answer. All but `text` are set in the last piece only."""
+
+    text: str
+    finish_reason: str | None = None
+    num_input_tokens: int | None = None
+    num_output_tokens: int | None = None
+
+
+def ask(
+    url: str,
+    protocol: Protocol,
+    prompt: str | bytes,
+    *,
+    model: str,
+    options: AskOptions | None = None,
+    stream: bool = False,
+    timeout_s: float = 300.0,
+) -> Iterator[Piece]:
+    """Yield the answer to `prompt`: piece by piece when `stream`, else in one. Closing it cancels.
+
+    Args:
+        url: "http://host:port" for HTTP, "host:port" for gRPC (a scheme is ignored there).
+        protocol: "http" or "grpc".
+        prompt: text; bytes are sent as they are over gRPC and must be UTF-8 over HTTP.
+        model: name of the model on the server.
+        options: the rest of the request.
+        stream: whether to get text as it is made.
+        timeout_s: longest wait for the next piece (HTTP) or for the whole answer (gRPC), in seconds.
+
+    Raises:
+        RequestError: the server found the request wrong; its text tells what.
+        ToolError: nobody answers at `url`, or the answer takes too long.
+        StageError: the server failed, or is not one of ours.
+    """
+    fields = _fields(options or AskOptions(), stream=stream)
+    if protocol == "http":
+        return _ask_http(url, model, prompt, fields, stream=stream, timeout_s=timeout_s)
+    if protocol == "grpc":
+        from pipeline.serving.grpc_client import ask_grpc
+
+        return ask_grpc(url, model, prompt, fields, timeout_s=timeout_s)
+    raise RequestError(Problem("protocol", repr(protocol), " or ".join(PROTOCOLS)))
+
+
+def is_ready(url: str, model: str, timeout_s: float = 2.0) -> bool:
+    """Whether the server at `url` says that it can serve `model`; see `ask` for proof."""
+    try:
+        with _OPENER.open(f"{url}/v2/models/{model}/ready", timeout=timeout_s) as response:
+            return bool(response.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def piece_from(outputs: dict[str, Any]) -> Piece:
+    """A piece from the named outputs of one response."""
+    names = ("finish_reason", "num_input_tokens", "num_output_tokens")
+    return Piece(text=outputs["text_output"], **{name: outputs.get(name) for name in names})
+
+
+def not_reachable(url: str, reason: object) -> ToolError:
+    """The error for a server that is not there."""
+    return ToolError(Problem(url, f"no server answers: {reason}", fix=START_HINT))
+
+
+def _fields(options: AskOptions, *, stream: bool) -> dict[str, Any]:
+    fields = {name: value for name, value in asdict(options).items() if value is not None}
+    if not options.stop_words:
+        del fields["stop_words"]
+    return {**fields, "stream": stream}
+
+
+def _ask_http(
+    url: str,
+    model: str,
+    prompt: str | bytes,
+    fields: dict[str, Any],
+    *,
+    stream: bool,
+    timeout_s: float,
+) -> Iterator[Piece]:
+    endpoint = f"{url.rstrip('/')}/v2/models/{model}/{'generate_stream' if stream else 'generate'}"
+    text = _text(prompt)
+    body = json.dumps({"text_input": text, **fields}).encode("utf-8")
+    request = urllib.request.Request(endpoint, body, {"Content-Type": "application/json"})
+    try:
+        with _OPENER.open(request, timeout=timeout_s) as response:
+            for line in response:
+                yield from _pieces_of_line(line, url)
+    except urllib.error.HTTPError as error:
+        raise _http_error(url, error) from error
+    except TimeoutError as error:
+        raise ToolError(Problem(url, f"no answer within {timeout_s:g} s")) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise not_reachable(url, getattr(error, "reason", error)) from error
+
+
+def _text(prompt: str | bytes) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return prompt.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            Problem(
+                where="prompt",
+                what=f"invalid UTF-8 at byte {error.start} (0x{prompt[error.start]:02x})",
+                allowed="UTF-8 text",
+            )
+        ) from error
+
+
+def _pieces_of_line(line: bytes, url: str) -> Iterator[Piece]:
+    """From a line of server-sent events, or from a whole JSON answer, which is one line, too."""
+    content = line.removeprefix(b"data:").strip()
+    if not content:
+        return
+    answer = _json_object(content, url)
+    if "error" in answer:  # after the first event errors come with status 200
+        raise StageError(Problem(url, str(answer["error"])))
+    if "text_output" not in answer:
+        raise StageError(Problem(url, f"an answer without text_output: {sorted(answer)}"))
+    yield piece_from(answer)
+
+
+def _json_object(content: bytes, url: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(content)
+    except ValueError as error:
+        raise _not_triton(url, content) from error
+    if not isinstance(answer, dict):
+        raise _not_triton(url, content)
+    return answer
+
+
+def _not_triton(url: str, content: bytes) -> StageError:
+    return StageError(
+        Problem(url, f"not an answer of Triton: {content[:80]!r}", fix="check host and port")
+    )
+
+
+def _http_error(url: str, error: urllib.error.HTTPError) -> RequestError | StageError:
+    content = error.read().removeprefix(b"data:").strip()
+    reason = str(_json_object(content, url).get("error", content)) if content else error.reason
+    kind = RequestError if 400 <= error.code < 500 else StageError
+    return kind(Problem(f"{_host(url)} answers {error.code}", reason))
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc or url

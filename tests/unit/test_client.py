@@ -1,0 +1,191 @@
+"""The HTTP client against servers that misbehave (right answers: tests/triton)."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pipeline.errors import PipelineError, RequestError, StageError, ToolError
+from pipeline.serving.client import AskOptions, Piece, ask, is_ready, piece_from
+
+Reply = Callable[[BaseHTTPRequestHandler, dict[str, object]], None]
+
+
+@pytest.fixture
+def replying() -> Iterator[Callable[[Reply], str]]:
+    """Starts a server that treats every POST as told; returns its URL."""
+    servers = []
+
+    def start(reply: Reply) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                reply(self, json.loads(body))
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def _send(status: int, content: bytes) -> Reply:
+    def reply(handler: BaseHTTPRequestHandler, _body: dict[str, object]) -> None:
+        handler.send_response(status)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return reply
+
+
+def _ask(url: str, *, stream: bool = True, timeout_s: float = 5.0) -> list[Piece]:
+    return list(ask(url, "http", "x", model="m", stream=stream, timeout_s=timeout_s))
+
+
+def test_pieces_of_a_stream(replying: Callable[[Reply], str]) -> None:
+    events = [
+        {"text_output": "é "},
+        {
+            "text_output": "\u2028🙂",
+            "finish_reason": "stop",
+            "num_input_tokens": 3,
+            "num_output_tokens": 9,
+        },
+    ]
+    content = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+    assert _ask(replying(_send(200, content.encode()))) == [
+        Piece("é "),
+        Piece("\u2028🙂", "stop", 3, 9),
+    ]
+
+
+def test_only_what_is_set_is_sent(replying: Callable[[Reply], str]) -> None:
+    seen: list[dict[str, object]] = []
+
+    def reply(handler: BaseHTTPRequestHandler, body: dict[str, object]) -> None:
+        seen.append(body)
+        _send(200, b'{"text_output": ""}')(handler, body)
+
+    url = replying(reply)
+    list(ask(url, "http", "ü".encode(), model="m"))
+    options = AskOptions(7, 0.0, 0, 1.0, 0, ("a", "b"), False)
+    list(ask(url, "http", "x", model="m", options=options, stream=True))
+    assert seen == [
+        {"text_input": "ü", "max_tokens": 128, "stream": False},
+        {
+            "text_input": "x",
+            "max_tokens": 7,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "seed": 0,
+            "stop_words": ["a", "b"],
+            "exclude_input_in_output": False,
+            "stream": True,
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "kind", "reason"),
+    [
+        (400, b'{"error": "top_p: 2"}', RequestError, "answers 400: top_p: 2"),
+        (400, b'data: {"error": "top_p: 2"}\n\n', RequestError, "answers 400: top_p: 2"),
+        (404, b"", RequestError, "answers 404: Not Found"),
+        (500, b'{"error": "boo"}', StageError, "answers 500: boo"),
+        (500, b"<html>no Triton", StageError, "not an answer of Triton: b'<html>no Triton'"),
+        (200, b'data: {"error": "died"}\n\n', StageError, ": died"),
+        (
+            200,
+            b"<html>\n",
+            StageError,
+            "not an answer of Triton: b'<html>'; fix: check host and port",
+        ),
+        (200, b"[1]\n", StageError, "not an answer of Triton"),
+        (200, b'{"outputs": []}\n', StageError, "an answer without text_output: ['outputs']"),
+    ],
+)
+def test_errors(
+    replying: Callable[[Reply], str],
+    status: int,
+    content: bytes,
+    kind: type[PipelineError],
+    reason: str,
+) -> None:
+    with pytest.raises(kind) as caught:
+        _ask(replying(_send(status, content)))
+    assert reason in str(caught.value)
+
+
+def test_an_error_after_the_first_piece(replying: Callable[[Reply], str]) -> None:
+    url = replying(_send(200, b'data: {"text_output": "a"}\n\ndata: {"error": "died"}\n\n'))
+    pieces = ask(url, "http", "x", model="m", stream=True)
+    assert next(pieces).text == "a"
+    with pytest.raises(StageError, match="died"):
+        next(pieces)
+
+
+def test_a_connection_that_breaks(replying: Callable[[Reply], str]) -> None:
+    def reply(handler: BaseHTTPRequestHandler, _body: dict[str, object]) -> None:
+        handler.connection.shutdown(socket.SHUT_RDWR)
+
+    with pytest.raises(ToolError, match=r"no server answers: .*; fix: start it with `make serve"):
+        _ask(replying(reply))
+
+
+def test_a_server_that_keeps_silent(replying: Callable[[Reply], str]) -> None:
+    def reply(handler: BaseHTTPRequestHandler, _body: dict[str, object]) -> None:
+        time.sleep(1.5)
+
+    begin = time.monotonic()
+    with pytest.raises(ToolError, match=r"no answer within 0\.3 s"):
+        _ask(replying(reply), timeout_s=0.3)
+    assert time.monotonic() - begin < 1.4
+
+
+def test_a_server_that_falls_silent(replying: Callable[[Reply], str]) -> None:
+    def reply(handler: BaseHTTPRequestHandler, body: dict[str, object]) -> None:
+        _send(200, b'data: {"text_output": "a"}\n\n')(handler, body)
+        time.sleep(1.5)
+
+    with pytest.raises(ToolError, match=r"no answer within 0\.3 s"):
+        _ask(replying(reply), timeout_s=0.3)
+
+
+def test_the_proxy_of_the_environment_is_not_used(
+    replying: Callable[[Reply], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert _ask(replying(_send(200, b'{"text_output": "direct"}')))[0].text == "direct"
+
+
+def test_nobody_there() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ToolError, match=f"^{url}: no server answers: .*refused"):
+            _ask(url)
+        assert not is_ready(url, "m")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://a b"])
+def test_an_address_that_is_none(url: str) -> None:
+    with pytest.raises((ToolError, RequestError)):
+        _ask(url)
+
+
+def test_a_piece_needs_only_its_text() -> None:
+    assert piece_from({"text_output": "a", "model_name": "m"}) == Piece("a")
