@@ -1,0 +1,33 @@
+"""config.json of an engine directory, with the three keys that TensorRT-LLM writes there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline import __version__
+from pipeline.errors import CheckpointError, Problem
+from pipeline.network.limits import BuildLimits
+
+CONFIG_FILE = "config.json"
+
+
+def write_engine_config(checkpoint_dir: Path, engine_dir: Path, limits: BuildLimits) -> None:
+    """Write {"version", "pretrained_config", "build_config"} once for all ranks.
+
+    Raises:
+        CheckpointError: the checkpoint's config.json cannot be read.
+    """
+    source = checkpoint_dir / CONFIG_FILE
+    try:
+        pretrained = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(str(source), f"cannot be read: {error}")) from error
+    config = {
+        "version": __version__,
+        "pretrained_config": pretrained,
+        "build_config": asdict(limits),
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    (engine_dir / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,78 @@
+"""What TensorRT's ONNX parser leaves undone in a parsed network, done by hand.
+
+Seen with TensorRT-RTX 1.7.1: the parser drops `nonpad_kv_seqlen` of Attention and sets a causal
+mask aligned to the start of the cache, so the engine would attend to the whole cache; and it
+multiplies query and key cache by sqrt(scale) even where scale is 1, which costs a copy of the key
+cache in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.errors import Problem, StageError
+from pipeline.network.io_names import KV_LENGTHS
+
+_QUERY, _KEY = 0, 1
+
+
+def lower_attention(trt: Any, network: Any, num_layers: int) -> None:
+    """Give every attention its row lengths and a mask aligned to their end; drop scales of one.
+
+    Raises:
+        StageError: the parsed network does not look as this version of the parser makes it.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    attentions = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    if len(attentions) != num_layers:
+        what = f"{len(attentions)} attention layers after parsing, the network has {num_layers}"
+        raise StageError(Problem("lowering", what))
+    makers = {
+        layer.get_output(index).name: layer
+        for layer in layers
+        for index in range(layer.num_outputs)
+    }
+    lengths = network.add_cast(_input(network, KV_LENGTHS), trt.int32).get_output(0)
+    for layer in attentions:
+        layer.__class__ = trt.IAttentionInputLayer
+        for index in (_QUERY, _KEY):
+            layer.set_input(index, _unscaled(trt, layer.get_input(index), makers, layer.name))
+        attention = layer.attention
+        attention.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
+        attention.key_value_lengths = lengths
+
+
+def _input(network: Any, name: str) -> Any:
+    for index in range(network.num_inputs):
+        if network.get_input(index).name == name:
+            return network.get_input(index)
+    raise StageError(Problem("lowering", f"the parsed network has no input {name}"))
+
+
+def _unscaled(trt: Any, tensor: Any, makers: dict[str, Any], where: str) -> Any:
+    """The tensor before the parser's multiplication by one."""
+    product = makers.get(tensor.name)
+    if product is not None and product.type == trt.LayerType.ELEMENTWISE:
+        product.__class__ = trt.IElementWiseLayer
+        factor = _constant(trt, product.get_input(1), makers)
+        is_one = factor is not None and factor.size == 1 and bool((factor == 1.0).all())
+        if product.op == trt.ElementWiseOperation.PROD and is_one:
+            return product.get_input(0)
+    raise StageError(
+        Problem(
+            "lowering",
+            f"{where}: {tensor.name} is not the multiplication by one that the parser adds",
+            fix="the parser of this TensorRT-RTX version differs: use 1.7.1",
+        )
+    )
+
+
+def _constant(trt: Any, tensor: Any, makers: dict[str, Any]) -> Any:
+    """Value of a constant, seen through casts and reshapes; None if it is computed."""
+    layer = makers.get(tensor.name)
+    while layer is not None and layer.type in (trt.LayerType.CAST, trt.LayerType.SHUFFLE):
+        layer = makers.get(layer.get_input(0).name)
+    if layer is None or layer.type != trt.LayerType.CONSTANT:
+        return None
+    layer.__class__ = trt.IConstantLayer
+    return layer.weights
