@@ -1,4 +1,4 @@
-"""Artifacts on disk: content keys, atomic commit, locks, atomic publishing.
+"""Artifacts on disk: content keys, atomic commit, locks.
 
 Layout under the root (`engines/.store`):
 
@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-from pipeline.errors import GateError, Problem, StageError
 
 MANIFEST = "manifest.json"
 LOG = "stage.log"
@@ -204,9 +202,13 @@ class Store:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
+    def work_dir(self, action: Action) -> Path:
+        """Where an artifact is made before it is committed."""
+        return self.root / "work" / action.key
+
     def new_work_dir(self, action: Action) -> Path:
         """An empty directory to make an artifact in; call while holding the lock of its key."""
-        path = self.root / "work" / action.key
+        path = self.work_dir(action)
         if path.exists():  # a run that was killed: the lock tells that nobody works in it
             shutil.rmtree(path)
         path.mkdir(parents=True)
@@ -222,27 +224,27 @@ class Store:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         write_json(work_dir / MANIFEST, manifest)
-        _sync_tree(work_dir)
+        sync_tree(work_dir)
         _make_read_only(work_dir)
         final = self.artifact_dir(action)
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():  # damaged, or `lookup` would have found it
             shutil.rmtree(final)
         work_dir.rename(final)
-        _sync_directory(final.parent)
+        sync_directory(final.parent)
         return Artifact(final, action.key, manifest)
 
-    def keep_failure(self, action: Action, work_dir: Path, keep: tuple[str, ...]) -> Path:
-        """Keep the log and the files named in `keep` of a failed work directory, drop the rest."""
+    def keep_failure(self, action: Action, patterns: tuple[str, ...]) -> Path:
+        """Remove an action's work directory, if any; keep its top-level files that match."""
+        work_dir = self.work_dir(action)
         kept = self.root / "failed" / f"{action.stage}-{action.key[:16]}"
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir(parents=True)
-        for name in (LOG, *keep):
-            source = work_dir / name
-            if source.exists():
-                (kept / name).parent.mkdir(parents=True, exist_ok=True)
-                source.rename(kept / name)
-        shutil.rmtree(work_dir)
+        evidence = [path for pattern in patterns for path in work_dir.glob(pattern)]
+        if evidence:
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir(parents=True)
+        for path in evidence:
+            path.rename(kept / path.name)
+        shutil.rmtree(work_dir, ignore_errors=True)
         return kept
 
 
@@ -251,105 +253,8 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
 
 
-def damaged_files(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]:
-    """Every file that is missing, resized, changed, or not named in the manifest."""
-    problems = []
-    listed = manifest["files"]
-    for name, entry in listed.items():
-        path = directory / name
-        if not path.is_file():
-            problems.append(Problem(str(path), "is missing"))
-        elif path.stat().st_size != entry["bytes"]:
-            what = f"has {path.stat().st_size} bytes, {entry['bytes']} were published"
-            problems.append(Problem(str(path), what))
-        elif "sha256" in entry and file_sha256(path) != entry["sha256"]:
-            problems.append(Problem(str(path), "was changed after publishing (sha256 differs)"))
-    for path in list_files(directory):
-        name = path.relative_to(directory).as_posix()
-        if name not in listed and name not in (MANIFEST, LOG):
-            problems.append(Problem(str(path), "is not in the manifest"))
-    return problems
-
-
-def link_tree(source: Path, destination: Path, skip: tuple[str, ...] = (MANIFEST, LOG)) -> None:
-    """Fill `destination` with the files of `source` as hard links (copies across file systems)."""
-    for path in list_files(source):
-        name = path.relative_to(source)
-        if name.as_posix() in skip:
-            continue
-        target = destination / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path.resolve(), target)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(path, target)
-
-
-def publish(fill: Callable[[Path], None], destination: Path, *, manifest: dict[str, Any]) -> None:
-    """Replace `destination` by a new directory in one step.
-
-    Readers see the old directory or the new one, never a mixture and never nothing.
-
-    Args:
-        fill: writes the content into the directory it is given.
-        destination: the visible directory, made or replaced.
-        manifest: written as manifest.json, with the file list added; None of its keys is `files`.
-
-    Raises:
-        GateError: `destination` exists and was not published by us, so it is not ours to replace.
-    """
-    if destination.exists() and not (destination / MANIFEST).is_file():
-        raise GateError(
-            Problem(
-                str(destination),
-                "exists, and has no manifest.json: it was not published by this program",
-                fix="move it away",
-            )
-        )
-    staging = destination.parent / f".{destination.name}.new"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        fill(staging)
-        write_json(staging / MANIFEST, {**manifest, "files": describe_files(staging)})
-        _sync_tree(staging)
-        _swap(staging, destination)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _sync_directory(destination.parent)
-
-
-def _swap(new: Path, visible: Path) -> None:
-    """Put `new` in the place of `visible`; afterwards `new` holds the old content, if any."""
-    if not visible.exists():
-        new.rename(visible)
-        return
-    if _exchange(new, visible):
-        return
-    # A file system without RENAME_EXCHANGE: for an instant the name is absent, never half-written.
-    old = visible.parent / f".{visible.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    visible.rename(old)
-    new.rename(visible)
-    shutil.rmtree(old)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """renameat2(RENAME_EXCHANGE); False where kernel, libc or file system lack it."""
-    import ctypes
-
-    at_fdcwd, rename_exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    result: int = renameat2(
-        at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange
-    )
-    return result == 0
-
-
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -357,7 +262,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     """Flush files to disk before the rename that makes them visible."""
     for path in list_files(directory):
         if not path.is_symlink():
@@ -366,7 +271,7 @@ def _sync_tree(directory: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def _make_read_only(directory: Path) -> None:
@@ -374,20 +279,3 @@ def _make_read_only(directory: Path) -> None:
     for path in list_files(directory):
         if not path.is_symlink():
             path.chmod(0o444)
-
-
-def require_space(directory: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to start what cannot be finished.
-
-    Raises:
-        StageError: fewer than `needed_bytes` are free on the file system of `directory`.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < needed_bytes:
-        raise StageError(
-            Problem(
-                str(directory),
-                f"{what} needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                fix="free disk space, or put engines/ on a larger disk",
-            )
-        )

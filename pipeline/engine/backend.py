@@ -71,6 +71,9 @@ class EngineBackend(Protocol):
             quant_algo: as in a TensorRT-LLM checkpoint, e.g. "W4A16_AWQ"; None: unquantized.
         """
 
+    def limits_problem(self, limits: BuildLimits) -> Problem | None:
+        """None, or why this backend makes no good engine of these limits."""
+
     def build_rank(
         self,
         engine_dir: Path,

@@ -21,6 +21,10 @@ class OnnxRuntimeBackend:
         """Always: nothing is compiled for the target, the host executes the network."""
         return None
 
+    def limits_problem(self, limits: BuildLimits) -> Problem | None:
+        """Never: the limits are sizes of the cache here, nothing is compiled for them."""
+        return None
+
     def build_rank(
         self,
         engine_dir: Path,

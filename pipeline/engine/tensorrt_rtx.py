@@ -54,6 +54,17 @@ class TensorRtRtxBackend:
             )
         return Problem("target", what, allowed=", ".join(able), fix=fix)
 
+    def limits_problem(self, limits: BuildLimits) -> Problem | None:
+        """See EngineBackend.
+
+        Where a call can only hold one token per row, TensorRT-RTX 1.7 builds attention from single
+        matrix products.
+        """
+        if limits.max_input_len >= MIN_INPUT_LEN:
+            return None
+        what = f"max_input_len is {limits.max_input_len}: TensorRT-RTX would not fuse attention"
+        return Problem("build limits", what, f"{MIN_INPUT_LEN} or more")
+
     def build_rank(
         self,
         engine_dir: Path,
@@ -75,7 +86,7 @@ class TensorRtRtxBackend:
 
         started = time.monotonic()
         spec = read_checkpoint_spec(checkpoint_dir, limits)
-        problem = self.can_target(target, spec.quant_algo) or limits_problem(limits)
+        problem = self.can_target(target, spec.quant_algo) or self.limits_problem(limits)
         if problem is not None:
             raise PlanError(problem)
         version = compiler_version()
@@ -106,17 +117,6 @@ class TensorRtRtxBackend:
             seconds=time.monotonic() - started,
             peak_rss_bytes=peak_rss_bytes(),
         )
-
-
-def limits_problem(limits: BuildLimits) -> Problem | None:
-    """None, or why TensorRT-RTX 1.7 makes no good engine of these limits.
-
-    Where a call can only hold one token per row, it builds attention from single matrix products.
-    """
-    if limits.max_input_len >= MIN_INPUT_LEN:
-        return None
-    what = f"max_input_len is {limits.max_input_len}: TensorRT-RTX would not fuse attention"
-    return Problem("build limits", what, f"{MIN_INPUT_LEN} or more")
 
 
 def _can(sm: int, lowest: int) -> bool:

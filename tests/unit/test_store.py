@@ -10,16 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import GateError
-from pipeline.store import (
-    LOG,
-    MANIFEST,
-    Action,
-    Store,
-    canonical_json,
-    damaged_files,
-    link_tree,
-    publish,
-)
+from pipeline.publish import damaged_files, link_tree, publish
+from pipeline.store import LOG, MANIFEST, Action, Store, canonical_json
 
 ACTION = Action("convert", 1, {"mapping": {"tp": 1}}, {"source": "abc"}, {"numpy": "1"}, 89)
 
@@ -112,7 +104,7 @@ def test_a_failure_keeps_its_log_only(tmp_path: Path) -> None:
     (work_dir / LOG).write_text("why")
     (work_dir / "report.json").write_text("{}")
     (work_dir / "weights").write_text("half")
-    kept = store.keep_failure(ACTION, work_dir, ("report.json", "report.html"))
+    kept = store.keep_failure(ACTION, ("*.log", "report.*"))
     assert sorted(path.name for path in kept.iterdir()) == ["report.json", LOG]
     assert not work_dir.exists()
     assert store.lookup(ACTION) is None

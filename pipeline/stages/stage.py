@@ -1,0 +1,80 @@
+"""What a stage is: a name, a version, what decides its output, and how to make it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.config import LoadedConfig
+from pipeline.progress import Progress
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a running stage gets.
+
+    Attributes:
+        loaded: the config.
+        inputs: role -> directory of the input artifact, read only.
+        out_dir: empty directory; becomes the artifact if `run` returns.
+        log_path: the stage's log; standard output and error already go there.
+        progress: where to report.
+    """
+
+    loaded: LoadedConfig
+    inputs: Mapping[str, Path]
+    out_dir: Path
+    log_path: Path
+    progress: Progress
+
+
+class Stage(Protocol):
+    """One step of the pipeline. Stages are stateless; all they know comes from the context."""
+
+    @property
+    def name(self) -> str:
+        """Directory name in the store and word on the screen."""
+
+    @property
+    def version(self) -> int:
+        """Raised by hand when the output changes for the same input."""
+
+    def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
+        """The part of the config that decides the output, as plain data."""
+
+    def external_files(self, loaded: LoadedConfig) -> dict[str, list[Path]]:
+        """Role -> files outside the store that decide the output; they are hashed into the key."""
+
+    def tools(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """Distributions whose version decides the output, e.g. "nvidia-modelopt"."""
+
+    def target_sm(self, loaded: LoadedConfig) -> int | None:
+        """Compute capability times ten when the output depends on the GPU."""
+
+    def is_current(self, loaded: LoadedConfig, artifact_dir: Path) -> bool:
+        """Whether a stored artifact still stands for what its key says."""
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Write the artifact into `context.out_dir`; returns facts about it for the manifest."""
+
+
+class StageDefaults:
+    """Answers of a stage that needs nothing special."""
+
+    def external_files(self, loaded: LoadedConfig) -> dict[str, list[Path]]:
+        """No external files."""
+        return {}
+
+    def tools(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """No tools."""
+        return ()
+
+    def target_sm(self, loaded: LoadedConfig) -> int | None:
+        """Independent of the GPU."""
+        return None
+
+    def is_current(self, loaded: LoadedConfig, artifact_dir: Path) -> bool:
+        """Own files do not change."""
+        return True

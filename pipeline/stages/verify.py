@@ -1,0 +1,72 @@
+"""verify: original model against engine on held-out text; a failed gate stops the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import LoadedConfig
+from pipeline.errors import GateError, Problem
+from pipeline.stages.stage import StageContext, StageDefaults
+from pipeline.stages.texts import heldout_path
+
+
+class Verify(StageDefaults):
+    """transformers (fp32) against ONNX Runtime running the engine's own network and weights."""
+
+    name = "verify"
+    version = 1
+
+    def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
+        """Windows and gates; which text is an external file. A rehearsal has no gates."""
+        subset = loaded.config.verify.model_dump(mode="json", exclude={"data"})
+        return {**subset, "rehearsal": loaded.rehearsal}
+
+    def external_files(self, loaded: LoadedConfig) -> dict[str, list[Path]]:
+        """The held-out text."""
+        return {"heldout": [heldout_path(loaded)]}
+
+    def tools(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """Both sides of the comparison."""
+        return ("torch", "transformers", "onnxruntime", "tokenizers")
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Compare, write the report, judge.
+
+        Raises:
+            GateError: a gate is not met; the report stays with the log of the failed stage.
+        """
+        from pipeline.quant.calibration import load_texts
+        from pipeline.verification import Gates, VerifyOptions, compare, write_report
+
+        verify = context.loaded.config.verify
+        options = VerifyOptions(
+            num_windows=verify.num_windows,
+            seq_len=verify.seq_len,
+            gates=None if context.loaded.rehearsal else Gates(**verify.gates.model_dump()),
+        )
+        report = compare(
+            context.inputs["source"],
+            context.inputs["engine"],
+            load_texts(heldout_path(context.loaded)),
+            options,
+            context.progress,
+        )
+        write_report(report, context.out_dir)
+        failed = [verdict for verdict in report.verdicts if not verdict.passed]
+        if failed:
+            raise GateError(
+                Problem(
+                    context.loaded.where("verify", "gates", verdict.gate),
+                    f"{verdict.measured:.6g} was measured{_note(verdict.note)}",
+                    allowed=f"{verdict.comparison} {verdict.limit:.6g}",
+                    fix="look at the report beside the log; more calibration samples, a smaller "
+                    "group size or another format bring the engine closer",
+                )
+                for verdict in failed
+            )
+        return dict(report.headline())
+
+
+def _note(text: str) -> str:
+    return f" ({text})" if text else ""

@@ -1,0 +1,221 @@
+"""A whole build of a tiny model: hits, misses, failures, two at once, and what is never visible."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import load_config
+from pipeline.errors import GateError, StageError
+from pipeline.explain import explain
+from pipeline.plan import Step, make_plan
+from pipeline.progress import Progress, SilentProgress
+from pipeline.publish import damaged_files
+from pipeline.run import RunResult, run
+from pipeline.store import LOG
+from pipeline.workspace import Workspace
+from tests.build_config import write_build
+
+
+class Recorder:
+    """A run view that remembers."""
+
+    def __init__(self) -> None:
+        self.hits: list[str] = []
+        self.lines: list[str] = []
+
+    def stage_hit(self, step: Step) -> None:
+        self.hits.append(step.stage.name)
+
+    def stage_starts(self, step: Step) -> Progress:
+        return SilentProgress()
+
+    def stage_done(self, step: Step, seconds: float, facts: dict[str, Any]) -> None:
+        """Not needed."""
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def _run(config: Path, root: Path, view: Recorder | None = None) -> RunResult:
+    return run(load_config(config), Workspace(root), view or Recorder())
+
+
+def _visible(root: Path) -> set[str]:
+    """What a user sees under engines/ and triton_repo/."""
+    return {
+        path.relative_to(root).as_posix()
+        for parent in (root / "engines", root / "triton_repo")
+        if parent.exists()
+        for path in parent.iterdir()
+        if path.name != ".store"
+    }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    """A finished fp16 build; tests leave it as it is."""
+    root = tmp_path_factory.mktemp("built")
+    return root, _run(write_build(root), root)
+
+
+def test_a_build_publishes_engine_and_repository(built: tuple[Path, RunResult]) -> None:
+    root, result = built
+    assert result.executed == ("fetch", "convert", "build", "verify", "serve")
+    assert _visible(root) == {"engines/tiny", "triton_repo/tiny"}
+    for directory in (result.engine_dir, result.repository_dir):
+        manifest = json.loads((directory / "manifest.json").read_text())
+        assert damaged_files(directory, manifest) == []
+    names = {path.name for path in result.engine_dir.iterdir()}
+    assert {"config.json", "rank0.onnx", "rank0.weights", "tokenizer", "report.html"} <= names
+    assert not list((root / "engines" / ".store" / "work").iterdir())
+
+
+def test_a_second_run_does_nothing(built: tuple[Path, RunResult]) -> None:
+    root, _ = built
+    before = (root / "engines" / "tiny").stat().st_ino
+    result = _run(root / "tiny.yaml", root)
+    assert result.executed == ()
+    assert not result.published
+    assert (root / "engines" / "tiny").stat().st_ino == before
+
+
+def test_explain_names_the_changed_field(built: tuple[Path, RunResult]) -> None:
+    root, _ = built
+    data = yaml.safe_load((root / "tiny.yaml").read_text())
+    data["build"]["max_batch_size"] = 3
+    (root / "three.yaml").write_text(yaml.safe_dump(data))
+    workspace = Workspace(root)
+    plan = make_plan(load_config(root / "three.yaml"), workspace.store, workspace.digests())
+    reasons = explain(plan, workspace.store)
+    assert reasons["convert"] == []
+    assert reasons["build"] == ["config.max_batch_size: 2 -> 3"]
+    assert len(reasons["verify"]) == 1
+    assert reasons["verify"][0].startswith("inputs.engine: ")
+
+
+def test_a_removed_published_file_comes_back(built: tuple[Path, RunResult]) -> None:
+    root, result = built
+    (result.engine_dir / "report.html").unlink()
+    again = _run(root / "tiny.yaml", root)
+    assert again.executed == ()
+    assert again.published
+    assert (result.engine_dir / "report.html").is_file()
+
+
+def test_a_failed_gate_publishes_nothing_and_keeps_the_report(tmp_path: Path) -> None:
+    config = write_build(tmp_path, verify={"gates": {"max_mean_kl": 1e-30}})
+    view = Recorder()
+    with pytest.raises(GateError) as caught:
+        _run(config, tmp_path, view)
+    assert caught.value.exit_code == 6
+    problem = caught.value.problems[0]
+    assert problem.where.endswith("verify.gates.max_mean_kl")
+    assert "was measured" in problem.what
+    assert problem.allowed == "<= 1e-30"
+    assert _visible(tmp_path) == set()
+    (kept,) = (tmp_path / "engines" / ".store" / "failed").iterdir()
+    assert {LOG, "report.json", "report.html"} <= {path.name for path in kept.iterdir()}
+    assert any(str(kept / LOG) in line for line in view.lines)
+
+
+def test_a_killed_stage_is_named_and_only_it_runs_again(tmp_path: Path) -> None:
+    config = write_build(tmp_path)
+
+    class Killer(Recorder):
+        def stage_starts(self, step: Step) -> Progress:
+            if step.stage.name == "verify":
+                subprocess.Popen([sys.executable, "-c", _KILL, str(os.getpid())])
+            return SilentProgress()
+
+    with pytest.raises(StageError, match="stage verify: was killed by signal 9"):
+        _run(config, tmp_path, Killer())
+    assert _visible(tmp_path) == set()
+    assert _run(config, tmp_path).executed == ("verify", "serve")
+
+
+# Kills the first child of a process that runs the stage worker.
+_KILL = """
+import os, sys, time
+parent = sys.argv[1]
+while True:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            stat = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()
+            command = open(f"/proc/{pid}/cmdline").read()
+        except OSError:
+            continue
+        if stat[1] == parent and command.split("\\0")[1:3] == ["-m", "pipeline.stages.worker"]:
+            os.kill(int(pid), 9)
+            sys.exit()
+    time.sleep(0.005)
+"""
+
+
+def _start(config: Path, root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", str(config), "--json"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_runs_at_once_make_everything_once(tmp_path: Path) -> None:
+    config = write_build(tmp_path)
+    runs = [_start(config, tmp_path) for _ in range(2)]
+    outputs = [process.communicate(timeout=300) for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], outputs
+    executed = [stage for out, _ in outputs for stage in json.loads(out)["executed"]]
+    assert sorted(executed) == ["build", "convert", "fetch", "serve", "verify"]
+    assert _visible(tmp_path) == {"engines/tiny", "triton_repo/tiny"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_process_and_nothing_visible(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    config = write_build(tmp_path)
+    process = _start(config, tmp_path)
+    work = tmp_path / "engines" / ".store" / "work"
+    deadline = time.monotonic() + 60
+    while not (work.exists() and list(work.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted" in errors
+        assert not list(work.iterdir())
+    assert _visible(tmp_path) == set()
+    deadline = time.monotonic() + 30  # a worker that was still importing has to notice first
+    while tmp_path in _worker_directories() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert tmp_path not in _worker_directories()
+    assert set(_run(config, tmp_path).executed) >= {"verify", "serve"}
+
+
+def _worker_directories() -> list[Path]:
+    """Working directories of all stage workers alive."""
+    return [
+        found for process in Path("/proc").glob("[0-9]*") if (found := _worker_directory(process))
+    ]
+
+
+def _worker_directory(process: Path) -> Path | None:
+    try:
+        if "pipeline.stages.worker" in (process / "cmdline").read_text():
+            return (process / "cwd").readlink()
+    except OSError:  # it ended meanwhile
+        pass
+    return None
