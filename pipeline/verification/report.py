@@ -1,0 +1,163 @@
+"""What a comparison found, as a typed record, a JSON file and a page."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
+
+
+class _Record(BaseModel):
+    # NaN and infinity are no JSON numbers; as strings they survive, as null they would be lost.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Verdict(_Record):
+    """One gate.
+
+    Attributes:
+        gate: its name, as in the YAML; "finite" is always there.
+        comparison: `measured comparison limit` must hold; NaN never does.
+        note: which windows are to blame, for example; may be empty.
+    """
+
+    gate: str
+    measured: float
+    comparison: Literal["<=", ">="]
+    limit: float
+    passed: bool
+    note: str = ""
+
+
+class NotFinite(_Record):
+    """Logits that are NaN or infinite: which side, which window, first position inside it."""
+
+    side: Literal["original", "engine"]
+    window: int
+    position: int
+
+
+class Side(_Record):
+    """One model on the measured tokens.
+
+    Attributes:
+        vocab_size: of its logits; the engine's may be padded.
+        loss: mean -log p of the next token, nats per token.
+        perplexity: exp(loss).
+        weight_bytes: the checkpoint's safetensors; for the engine, the files that hold its weights
+            and graph on the device.
+    """
+
+    vocab_size: int
+    loss: float
+    perplexity: float
+    weight_bytes: int
+
+
+class WindowResult(_Record):
+    """Means over one window; losses and KL in nats per token."""
+
+    window: int
+    original_loss: float
+    engine_loss: float
+    mean_kl: float
+    top1_agreement: float
+
+
+class Histogram(_Record):
+    """Counts of values between neighbouring edges; values outside are in the outer bins."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+class Data(_Record):
+    """The held-out text: `num_tokens` predictions were compared in `num_windows` windows."""
+
+    num_windows: int
+    num_windows_available: int
+    seq_len: int
+    num_tokens: int
+    tokens_sha256: str
+
+
+class Report(_Record):
+    """Original against engine.
+
+    Attributes:
+        architecture: Hugging Face class name.
+        quant_algo: TensorRT-LLM's name of the engine's weight format; None for fp16.
+        engine_files: name -> bytes of every file in the engine directory that holds weights or graph.
+        mean_kl, p99_kl, max_kl: KL(original || engine), nats per token.
+        top1_agreement: share of tokens where both rank the same token first.
+        perplexity_ratio: engine over original.
+        loss_pairs: (original, engine) losses of evenly spaced tokens, for the plot.
+        versions: of the libraries that computed both sides.
+    """
+
+    architecture: str
+    quant_algo: str | None
+    data: Data
+    original: Side
+    engine: Side
+    engine_files: dict[str, int]
+    perplexity_ratio: float
+    mean_kl: float
+    p99_kl: float
+    max_kl: float
+    top1_agreement: float
+    not_finite: tuple[NotFinite, ...]
+    verdicts: tuple[Verdict, ...]
+    windows: tuple[WindowResult, ...]
+    kl_histogram: Histogram
+    loss_pairs: tuple[tuple[float, float], ...]
+    versions: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate was passed."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Engine bytes over checkpoint bytes."""
+        return self.engine.weight_bytes / self.original.weight_bytes
+
+    def headline(self) -> dict[str, float | int | bool]:
+        """The figures for a manifest or a one-line summary."""
+        return {
+            "passed": self.passed,
+            "num_tokens": self.data.num_tokens,
+            "original_perplexity": self.original.perplexity,
+            "engine_perplexity": self.engine.perplexity,
+            "mean_kl": self.mean_kl,
+            "top1_agreement": self.top1_agreement,
+            "original_bytes": self.original.weight_bytes,
+            "engine_bytes": self.engine.weight_bytes,
+        }
+
+
+def write_report(report: Report, out_dir: Path) -> None:
+    """Write report.json and report.html (one file, no scripts, nothing loaded from elsewhere)."""
+    from pipeline.verification.page import render_page
+
+    text = report.model_dump_json(indent=2)
+    (out_dir / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
+    (out_dir / REPORT_HTML).write_text(render_page(report), encoding="utf-8")
+
+
+def read_report(path: Path) -> Report:
+    """Inverse of the JSON half of `write_report`."""
+    return Report.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def within(measured: float, comparison: Literal["<=", ">="], limit: float) -> bool:
+    """Whether `measured comparison limit` holds; never for NaN on either side."""
+    if math.isnan(measured) or math.isnan(limit):
+        return False
+    return measured <= limit if comparison == "<=" else measured >= limit
