@@ -12,12 +12,12 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pipeline.errors import Problem, RequestError, StageError, ToolError
+from pipeline.serving.answer import Piece, not_reachable, piece_from
 
 Protocol = Literal["http", "grpc"]
 PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
 # A proxy of the environment would get in the way of a server on this machine or network.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-START_HINT = "start it with `make serve MODEL=<name>`, or give the address of a running one"
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,6 @@ class AskOptions:
     seed: int | None = None
     stop_words: tuple[str, ...] = ()
     exclude_input_in_output: bool | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of the answer. All but `text` are set in the last piece only."""
-
-    text: str
-    finish_reason: str | None = None
-    num_input_tokens: int | None = None
-    num_output_tokens: int | None = None
 
 
 def ask(
@@ -90,17 +80,6 @@ def is_ready(url: str, model: str, timeout_s: float = 2.0) -> bool:
             return bool(response.status == 200)
     except (OSError, http.client.HTTPException):
         return False
-
-
-def piece_from(outputs: dict[str, Any]) -> Piece:
-    """A piece from the named outputs of one response."""
-    names = ("finish_reason", "num_input_tokens", "num_output_tokens")
-    return Piece(text=outputs["text_output"], **{name: outputs.get(name) for name in names})
-
-
-def not_reachable(url: str, reason: object) -> ToolError:
-    """The error for a server that is not there."""
-    return ToolError(Problem(url, f"no server answers: {reason}", fix=START_HINT))
 
 
 def _fields(options: AskOptions, *, stream: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import PipelineError, Problem, RequestError, StageError, ToolError
-from pipeline.serving.client import Piece, not_reachable, piece_from
+from pipeline.serving.answer import Piece, not_reachable, piece_from
 from pipeline.serving.model_config import DataType
 from pipeline.serving.repository import INPUTS
 

@@ -60,12 +60,20 @@ class Verify(StageDefaults):
                     context.loaded.where("verify", "gates", verdict.gate),
                     f"{verdict.measured:.6g} was measured{_note(verdict.note)}",
                     allowed=f"{verdict.comparison} {verdict.limit:.6g}",
-                    fix="look at the report beside the log; more calibration samples, a smaller "
-                    "group size or another format bring the engine closer",
+                    fix=_fix(verdict.gate),
                 )
                 for verdict in failed
             )
         return dict(report.headline())
+
+
+def _fix(gate: str) -> str:
+    if gate == "finite":
+        return "look at the report beside the log; check the weights of the side that is named"
+    return (
+        "look at the report beside the log; more calibration samples, a smaller group size or "
+        "another format bring the engine closer"
+    )
 
 
 def _note(text: str) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.verification.comparison import compare
     from pipeline.verification.gates import Gates, VerifyOptions
-    from pipeline.verification.report import Report, Verdict, read_report, write_report
+    from pipeline.verification.page import write_report
+    from pipeline.verification.report import Report, Verdict, read_report
 
 __all__ = [
     "Gates",
@@ -26,7 +27,7 @@ _MODULES = {
     "Report": "report",
     "Verdict": "report",
     "read_report": "report",
-    "write_report": "report",
+    "write_report": "page",
 }
 
 

@@ -197,12 +197,14 @@ def _report(
         loss=float(tokens.original_loss_N.mean()),
         perplexity=perplexity(tokens.original_loss_N),
         weight_bytes=checkpoint_bytes,
+        deployed_bytes=checkpoint_bytes,
     )
     engine = Side(
         vocab_size=vocab_sizes[1],
         loss=float(tokens.engine_loss_N.mean()),
         perplexity=perplexity(tokens.engine_loss_N),
-        weight_bytes=_deployed_bytes(engine_files),
+        weight_bytes=sum(size for name, size in engine_files.items() if name.endswith(".weights")),
+        deployed_bytes=_deployed_bytes(engine_files),
     )
     # Of the losses, not of two perplexities that may both be infinite.
     ratio = perplexity(tokens.engine_loss_N - tokens.original_loss_N)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from importlib import resources
+from pathlib import Path
 
 from pipeline.verification.plots import kl_histogram_svg, loss_scatter_svg
-from pipeline.verification.report import Report
+from pipeline.verification.report import REPORT_HTML, REPORT_JSON, Report
 
 NUM_WORST_WINDOWS = 10
 
@@ -16,6 +17,13 @@ _GATE_NAMES = {
     "max_mean_kl": "mean KL divergence, nats per token",
     "min_top1_agreement": "share of tokens with the same first choice",
 }
+
+
+def write_report(report: Report, out_dir: Path) -> None:
+    """Write report.json and report.html (one file, no scripts, nothing loaded from elsewhere)."""
+    text = report.model_dump_json(indent=2)
+    (out_dir / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
+    (out_dir / REPORT_HTML).write_text(render_page(report), encoding="utf-8")
 
 
 def render_page(report: Report) -> str:

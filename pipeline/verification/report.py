@@ -49,14 +49,16 @@ class Side(_Record):
         vocab_size: of its logits; the engine's may be padded.
         loss: mean -log p of the next token, nats per token.
         perplexity: exp(loss).
-        weight_bytes: the checkpoint's safetensors; for the engine, the files that hold its weights
-            and graph on the device.
+        weight_bytes: tensors of the checkpoint; the engine's weights file.
+        deployed_bytes: what a device needs: the checkpoint; the compiled engine, which adds code to the
+            weights, or without one the CPU graph and its weights.
     """
 
     vocab_size: int
     loss: float
     perplexity: float
     weight_bytes: int
+    deployed_bytes: int
 
 
 class WindowResult(_Record):
@@ -124,8 +126,8 @@ class Report(_Record):
         return all(verdict.passed for verdict in self.verdicts)
 
     @property
-    def bytes_ratio(self) -> float:
-        """Engine bytes over checkpoint bytes."""
+    def weight_ratio(self) -> float:
+        """Bytes of the engine's weights over the checkpoint's."""
         return self.engine.weight_bytes / self.original.weight_bytes
 
     def headline(self) -> dict[str, float | int | bool]:
@@ -137,22 +139,14 @@ class Report(_Record):
             "engine_perplexity": self.engine.perplexity,
             "mean_kl": self.mean_kl,
             "top1_agreement": self.top1_agreement,
-            "original_bytes": self.original.weight_bytes,
-            "engine_bytes": self.engine.weight_bytes,
+            "original_weight_bytes": self.original.weight_bytes,
+            "engine_weight_bytes": self.engine.weight_bytes,
+            "engine_deployed_bytes": self.engine.deployed_bytes,
         }
 
 
-def write_report(report: Report, out_dir: Path) -> None:
-    """Write report.json and report.html (one file, no scripts, nothing loaded from elsewhere)."""
-    from pipeline.verification.page import render_page
-
-    text = report.model_dump_json(indent=2)
-    (out_dir / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
-    (out_dir / REPORT_HTML).write_text(render_page(report), encoding="utf-8")
-
-
 def read_report(path: Path) -> Report:
-    """Inverse of the JSON half of `write_report`."""
+    """Inverse of the JSON half of `pipeline.verification.page.write_report`."""
     return Report.model_validate_json(path.read_text(encoding="utf-8"))
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from pipeline.runtime.requests import GenerationRequest
 from pipeline.runtime.session import Session
-from pipeline.serving.client import AskOptions, Piece, Protocol, ask
+from pipeline.serving.answer import Piece
+from pipeline.serving.client import AskOptions, Protocol, ask
 from pipeline.serving.server import TritonServer
 from tests.triton.conftest import MODEL, local_text
 

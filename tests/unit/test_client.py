@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pipeline.errors import PipelineError, RequestError, StageError, ToolError
-from pipeline.serving.client import AskOptions, Piece, ask, is_ready, piece_from
+from pipeline.serving.answer import Piece, piece_from
+from pipeline.serving.client import AskOptions, ask, is_ready
 
 Reply = Callable[[BaseHTTPRequestHandler, dict[str, object]], None]
 
