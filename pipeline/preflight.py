@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.checkpoint import mapping_problems, planned_bytes, read_config
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.config import LoadedConfig
+from pipeline.config import HubSource, LoadedConfig
 from pipeline.engine import BACKENDS
 from pipeline.errors import CheckpointError, PipelineError, PlanError, Problem
 from pipeline.models import ModelShape, shape_from_hf
@@ -76,6 +76,8 @@ def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
     local = local_directory(loaded)
     if local is not None and not (local / "config.json").is_file():
         return Preflight(tuple(problems), (no_checkpoint(local),), None)
+    if source_dir is None and _shape_is_unknown(loaded):
+        return Preflight(tuple(problems), (), None)  # checked again after the download
     try:
         fields = model_shape_fields(loaded) if source_dir is None else read_config(source_dir)
         shape = shape_from_hf(fields)
@@ -90,6 +92,11 @@ def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
     weights = () if source_dir is None else tuple(_weight_problems(source_dir))
     forecast = None if cuts else _forecast(loaded, shape, source_dir)
     return Preflight(tuple(problems), weights, forecast)
+
+
+def _shape_is_unknown(loaded: LoadedConfig) -> bool:
+    model = loaded.config.model
+    return isinstance(model, HubSource) and model.shape is None
 
 
 def _forecast(loaded: LoadedConfig, shape: ModelShape, source_dir: Path | None) -> Forecast:

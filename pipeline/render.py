@@ -55,6 +55,10 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
     parts: list[RenderableType] = [_title(plan), _stage_table(plan, store)]
     if plan.forecast is not None:
         parts.append(_size_table(plan, plan.forecast))
+    if plan.forecast is None and not plan.problems:
+        parts.append(
+            "sizes are known after the download, or with the config.json under model.shape"
+        )
     if plan.unhashed_bytes:
         parts.append(
             f"{bytes_text(plan.unhashed_bytes)} of the original are hashed once when it runs"

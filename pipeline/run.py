@@ -81,6 +81,10 @@ def run(loaded: LoadedConfig, workspace: Workspace, view: RunView) -> RunResult:
         else:
             view.stage_hit(step)
         artifacts[name] = artifact
+        if (
+            name == "fetch" and name in executed
+        ):  # now the weights can be checked, before hours go by
+            make_plan(loaded, workspace.store, workspace.digests()).raise_problems()
     published = _publish(loaded, workspace, artifacts)
     return RunResult(
         engine_dir=workspace.engines_dir / loaded.config.name,

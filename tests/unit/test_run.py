@@ -24,6 +24,7 @@ from pipeline.run import RunResult, run
 from pipeline.store import LOG
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
+from tests.hub import LocalHub, serve_hub
 
 
 class Recorder:
@@ -159,6 +160,50 @@ while True:
             sys.exit()
     time.sleep(0.005)
 """
+
+
+def test_weights_from_the_hub_are_checked_once_they_are_here(tmp_path: Path) -> None:
+    """The whole way over a hub on loopback; a bad limit is refused right after the download."""
+    write_build(tmp_path)
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    hub = LocalHub(tmp_path / "weights", "someone/tiny", revision)
+    data = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    data["model"] = {"source": "hub", "id": "someone/tiny", "revision": revision}
+    (tmp_path / "hub.yaml").write_text(yaml.safe_dump(data))
+    data["build"]["max_seq_len"] = 4096
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(data))
+    with serve_hub(hub):
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        plan, run_long, run_all = (
+            _command(tmp_path, environment, verb, name)
+            for verb, name in (("plan", "hub.yaml"), ("run", "long.yaml"), ("run", "hub.yaml"))
+        )
+    assert plan.returncode == 0, plan.stderr
+    assert json.loads(plan.stdout)["forecast"] is None
+    assert run_long.returncode == 2, run_long.stderr
+    assert "max_position_embeddings" in run_long.stderr
+    assert "convert" not in run_long.stderr
+    assert run_all.returncode == 0, run_all.stderr
+    assert json.loads(run_all.stdout)["executed"] == ["convert", "build", "verify", "serve"]
+
+
+def _command(
+    root: Path, environment: dict[str, str], verb: str, config: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", verb, config, "--json"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _start(config: Path, root: Path) -> subprocess.Popen[str]:
