@@ -7,6 +7,7 @@ Reads configs and headers only; imports nothing heavy. The same plan is printed 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,15 +135,22 @@ def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _missing_tools(loaded: LoadedConfig) -> Iterator[Problem]:
+    """One problem for each missing distribution, naming the stages that need it."""
+    stages: dict[str, list[str]] = {}
     for step in stage_graph(loaded):
         for tool in step.stage.tools(loaded):
-            if _version(tool) is None:
-                yield Problem(
-                    f"stage {step.stage.name}", f"{tool} is not installed", fix=_install_hint(tool)
-                )
+            stages.setdefault(tool, []).append(step.stage.name)
+    for tool, names in stages.items():
+        if _version(tool) is None:
+            where = f"stage {', '.join(names)}"
+            yield Problem(where, f"{tool} is not installed", fix=_install_hint(tool))
 
 
 def _install_hint(tool: str) -> str:
+    if tool == "onnxruntime" and sys.version_info < (3, 11):
+        return (
+            "use Python 3.11 or newer: no onnxruntime for 3.10 knows the operators of the network"
+        )
     extra = "[rtx]" if tool.startswith("tensorrt_rtx") else ""
     return f"pip install 'trtpipe{extra}', or `make venv` in a clone"
 
