@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     handler: _Handler = options.handler
     try:
-        return handler(options)
+        with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+            return handler(options)
     except PipelineError as error:
         from pipeline.console import print_error
 
@@ -41,6 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `trtpipe plan | head`
         sys.stderr.close()
         return int(ExitCode.DONE)
+
+
+@contextlib.contextmanager
+def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+    """Let these end a command as Ctrl-C does: children ended, nothing half-written left."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

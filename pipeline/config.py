@@ -28,7 +28,7 @@ NAME_PATTERN = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
 class _Section(BaseModel):
     """Strict and immutable: no unknown key, no silent conversion."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DemoSource(_Section):
@@ -84,6 +84,8 @@ class QuantizeConfig(_Section):
     format: FormatName = "int4_awq"
     group_size: Literal[64, 128] = 128
     calibration: CalibrationConfig = CalibrationConfig()
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the quantizer computes; its sums, and so some last bits, depend on it."""
 
 
 class MappingConfig(_Section):
@@ -137,6 +139,16 @@ class ServeConfig(_Section):
     http_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     grpc_port: Annotated[int, Field(ge=1, le=65535)] = 8001
     metrics_port: Annotated[int, Field(ge=1, le=65535)] = 8002
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> ServeConfig:
+        ports = [self.http_port, self.grpc_port, self.metrics_port]
+        if len(set(ports)) < len(ports):
+            raise ValueError(
+                f"http_port, grpc_port and metrics_port are {', '.join(map(str, ports))}; allowed: "
+                "three different ports"
+            )
+        return self
 
 
 class Config(_Section):
@@ -282,11 +294,16 @@ def _problem(detail: dict[str, Any], document: Document, path: Path) -> Problem:
     context = detail.get("ctx", {})
     if kind == "extra_forbidden":
         return _unknown_key(where, loc, detail["loc"])
+    if kind == "model_type":
+        return Problem(
+            where, f"{value!r} is not a section", "`key: value` lines", "or leave it out"
+        )
     if kind == "missing":
         return Problem(where, "is missing", fix=f"add `{loc[-1]}:`")
     if kind in ("literal_error", "union_tag_invalid", "enum"):
         allowed = context.get("expected") or context.get("expected_tags", "")
-        return Problem(where, f"{_shown(value, context)} is not known", str(allowed))
+        key = ".source" if "tag" in context else ""
+        return Problem(f"{where}{key}", f"{_shown(value, context)} is not known", str(allowed))
     if kind == "union_tag_not_found":
         return Problem(where, "has no `source:`", "demo, hub, directory, synthetic")
     if kind == "value_error":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -99,3 +100,15 @@ class RequestError(PipelineError):
     """A generation request is wrong: empty or too long prompt, a parameter out of range."""
 
     exit_code = ExitCode.CONFIG
+
+
+def error_to_json(error: PipelineError) -> dict[str, Any]:
+    """Plain data of an error, to hand it from a child process to its parent."""
+    problems = [vars(problem) for problem in error.problems]
+    return {"error": type(error).__name__, "problems": problems}
+
+
+def error_from_json(data: dict[str, Any]) -> PipelineError:
+    """The inverse of `error_to_json`."""
+    kinds = {kind.__name__: kind for kind in PipelineError.__subclasses__()}
+    return kinds[data["error"]](Problem(**problem) for problem in data["problems"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from pipeline.store import canonical_json, file_sha256
 HASH_AT_ONCE_BYTES = 64 << 20
 """Up to so much unhashed content `plan` hashes itself: about a tenth of a second."""
 
-_CHECKPOINT_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+CHECKPOINT_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """Files of a Hugging Face directory that can influence an engine; no README, no hidden file."""
-    found = {path for pattern in _CHECKPOINT_PATTERNS for path in directory.glob(pattern)}
+    found = {path for pattern in CHECKPOINT_PATTERNS for path in directory.glob(pattern)}
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
@@ -31,11 +32,7 @@ class DigestCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._entries: dict[str, dict[str, Any]] = {}
-        try:
-            self._entries = json.loads(path.read_text("utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            self._entries = {}
+        self._entries = _read_entries(path)
 
     def peek(self, path: Path) -> str | None:
         """The digest if it is known and the file has not been touched since."""
@@ -62,9 +59,18 @@ class DigestCache:
     def save(self) -> None:
         """Write the cache, replacing the old file in one step."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._path.with_name(f"{self._path.name}.new")
-        fresh.write_text(json.dumps(self._entries, indent=1, sort_keys=True), "utf-8")
+        entries = {**_read_entries(self._path), **self._entries}  # of runs beside this one
+        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(entries, indent=1, sort_keys=True), "utf-8")
         fresh.replace(self._path)
+
+
+def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _stamp(path: Path) -> list[int]:

@@ -13,45 +13,61 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import LaunchMode
-from pipeline.errors import Problem, StageError, ToolError
+from pipeline.errors import PipelineError, Problem, StageError, ToolError, error_from_json
+from pipeline.orphans import die_with_parent
 
 _LOG_TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
 class RankJob:
-    """What one rank runs: `python -m module argument`, output to `log_path`."""
+    """What one rank runs: `python -m module argument`.
+
+    Attributes:
+        log_path: takes standard output and error.
+        error_path: where the module leaves `error_to_json` of a user's error; it need not.
+    """
 
     rank: int
     module: str
     argument: str
     log_path: str
+    error_path: str
 
 
-def run_ranks(jobs: Sequence[RankJob], mode: LaunchMode, jobs_path: Path) -> None:
+def run_ranks(
+    jobs: Sequence[RankJob],
+    mode: LaunchMode,
+    jobs_path: Path,
+    on_done: Callable[[str], None] = lambda note: None,
+) -> None:
     """Run every rank to its end.
 
     Args:
         jobs: one per rank, in rank order.
         mode: "sequential" or "mpirun".
         jobs_path: scratch file that hands the jobs to mpirun's processes; removed afterwards.
+        on_done: called with a note for each rank that has finished.
 
     Raises:
         ToolError: mpirun or mpi4py is missing.
-        StageError: a rank failed; it is named, with the end of its log.
+        PipelineError: a rank failed; it is named, with its own error or the end of its log.
     """
     if mode == "sequential":
         for job in jobs:
             _run_one(job)
+            on_done(f"rank {job.rank}")
         return
     jobs_path.write_text(json.dumps([asdict(job) for job in jobs]), "utf-8")
     try:
         _run_mpi(jobs, jobs_path)
+        for job in jobs:
+            on_done(f"rank {job.rank}")
     finally:
         jobs_path.unlink()
         for job in jobs:
@@ -64,7 +80,7 @@ def _run_one(job: RankJob) -> None:
         command = [sys.executable, "-m", job.module, job.argument]
         code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     if code:
-        raise StageError(_failure(job, code))
+        raise _failure(job, code)
 
 
 def _run_mpi(jobs: Sequence[RankJob], jobs_path: Path) -> None:
@@ -77,7 +93,7 @@ def _run_mpi(jobs: Sequence[RankJob], jobs_path: Path) -> None:
     failed = [job for job in jobs if not _finished_marker(job).exists()]
     culprit = next((job for job in failed if _failed_marker(job).exists()), None)
     if culprit is not None:
-        raise StageError(_failure(culprit, done.returncode))
+        raise _failure(culprit, done.returncode)
     ranks = ", ".join(str(job.rank) for job in failed) or "none"
     what = f"mpirun ended with code {done.returncode}; unfinished ranks: {ranks}"
     raise StageError(Problem("mpirun", f"{what}\n{_last_lines(done.stderr)}"))
@@ -113,12 +129,20 @@ def mpirun_flags(mpirun: Path) -> list[str]:
     return [*root, "--oversubscribe"]
 
 
-def _failure(job: RankJob, code: int) -> Problem:
+def _failure(job: RankJob, code: int) -> PipelineError:
+    """The rank's own error, of its own kind; else a StageError with the end of its log."""
+    error_path = Path(job.error_path)
+    if error_path.exists():
+        error = error_from_json(json.loads(error_path.read_text("utf-8")))
+        return type(error)(
+            replace(problem, where=f"rank {job.rank}: {problem.where}")
+            for problem in error.problems
+        )
     cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if code == -9:
         cause += " (usually: out of memory)"
     tail = _last_lines(Path(job.log_path).read_text("utf-8", errors="replace"))
-    return Problem(f"rank {job.rank}", f"{cause}; the end of its log:\n{tail}")
+    return StageError(Problem(f"rank {job.rank}", f"{cause}; the end of its log:\n{tail}"))
 
 
 def _last_lines(text: str) -> str:
@@ -138,6 +162,7 @@ def _mpi_main(jobs_path: str) -> None:
     """Entry of each process under mpirun: run the job of the own rank."""
     from mpi4py import MPI
 
+    die_with_parent(os.getppid())
     jobs = [RankJob(**job) for job in json.loads(Path(jobs_path).read_text("utf-8"))]
     job = jobs[MPI.COMM_WORLD.Get_rank()]
     with Path(job.log_path).open("ab") as log:

@@ -131,14 +131,18 @@ def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:
         for role, paths in step.stage.external_files(loaded).items():
             for path in paths:
                 if not path.is_file():
-                    yield Problem(f"{step.stage.name}: {role}", f"no such file: {path}")
+                    keys = {
+                        "calibration": ("quantize", "calibration", "data"),
+                        "heldout": ("verify", "data"),
+                    }.get(role, ("model",))
+                    yield Problem(loaded.where(*keys), f"no such file: {path}", _TEXT_FILES)
 
 
 def _missing_tools(loaded: LoadedConfig) -> Iterator[Problem]:
     """One problem for each missing distribution, naming the stages that need it."""
     stages: dict[str, list[str]] = {}
     for step in stage_graph(loaded):
-        for tool in step.stage.tools(loaded):
+        for tool in (*step.stage.tools(loaded), *step.stage.needs(loaded)):
             stages.setdefault(tool, []).append(step.stage.name)
     for tool, names in stages.items():
         if _version(tool) is None:
@@ -146,13 +150,21 @@ def _missing_tools(loaded: LoadedConfig) -> Iterator[Problem]:
             yield Problem(where, f"{tool} is not installed", fix=_install_hint(tool))
 
 
+_TEXT_FILES = "`bundled`, or a .txt or .jsonl file; relative paths start at the YAML file"
+_EXTRAS = {
+    "tensorrt_rtx_cu13_bindings": "[rtx]",
+    "tensorrt_rtx_cu13_libs": "[rtx]",
+    "tritonclient": "[triton]",
+    "mpi4py": "[mpi]",
+}
+
+
 def _install_hint(tool: str) -> str:
     if tool == "onnxruntime" and sys.version_info < (3, 11):
         return (
             "use Python 3.11 or newer: no onnxruntime for 3.10 knows the operators of the network"
         )
-    extra = "[rtx]" if tool.startswith("tensorrt_rtx") else ""
-    return f"pip install 'trtpipe{extra}', or `make venv` in a clone"
+    return f"pip install 'trtpipe{_EXTRAS.get(tool, '')}', or `make venv` in a clone"
 
 
 def _version(distribution: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,13 @@ from pipeline.engine import BACKENDS
 from pipeline.errors import CheckpointError, PipelineError, PlanError, Problem
 from pipeline.models import ModelShape, shape_from_hf
 from pipeline.parallel import mappings
+from pipeline.quant.calibration import load_texts
 from pipeline.quant.formats import FORMATS, QuantFormat
+from pipeline.quant.preflight import dtype_problems
 from pipeline.quant.source import missing_tokenizer, open_plain_checkpoint
 from pipeline.stages.build import build_limits
 from pipeline.stages.fetch import local_directory, no_checkpoint
+from pipeline.stages.texts import calibration_path, heldout_path
 from pipeline.targets import TARGETS
 from pipeline.weights import model_shape_fields
 
@@ -30,7 +34,7 @@ class Forecast:
     Attributes:
         source_bytes: tensors of the original checkpoint; None before it is fetched.
         rank_bytes: TensorRT-LLM checkpoint file of each rank.
-        kv_bytes_per_token: KV cache of one token on one rank, fp16.
+        kv_bytes_per_token: KV cache of one token on the fullest rank, fp16.
         kv_bytes: KV cache of one rank for the configured batch and length.
         target_bytes: memory of the target GPU.
     """
@@ -89,9 +93,49 @@ def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
     mapping = loaded.config.mapping
     cuts = mapping_problems(shape, _format(loaded), mapping.tp, mapping.pp)
     problems += [_at_its_key(loaded, problem) for problem in cuts]
-    weights = () if source_dir is None else tuple(_weight_problems(source_dir))
+    weights = (
+        ()
+        if source_dir is None
+        else tuple(_weight_problems(source_dir, loaded.config.quantize.format != "fp16"))
+    )
     forecast = None if cuts else _forecast(loaded, shape, source_dir)
+    if forecast is not None:
+        problems += _memory_problems(loaded, forecast)
+    problems += _text_problems(loaded)
     return Preflight(tuple(problems), weights, forecast)
+
+
+def _memory_problems(loaded: LoadedConfig, forecast: Forecast) -> Iterator[Problem]:
+    """Only of an engine that is compiled for the target: the CPU network runs on any host."""
+    if loaded.config.build.backend == "onnxruntime" or forecast.free_bytes >= 0:
+        return
+    needed = forecast.target_bytes - forecast.free_bytes
+    room = forecast.target_bytes - max(forecast.rank_bytes)
+    tokens = room // forecast.kv_bytes_per_token
+    yield Problem(
+        loaded.where("target"),
+        f"weights and KV cache need {needed / 1e9:.2f} GB, the target has "
+        f"{forecast.target_bytes / 1e9:.2f} GB",
+        fix=f"max_batch_size x max_seq_len of at most {tokens} tokens fit beside the weights"
+        if tokens > 0
+        else "the weights alone do not fit: another format, or a larger target",
+    )
+
+
+def _text_problems(loaded: LoadedConfig) -> Iterator[Problem]:
+    """Texts that cannot be read, before anything is calibrated or compared."""
+    texts: dict[tuple[str, ...], Path] = {("verify", "data"): heldout_path(loaded)}
+    if loaded.config.quantize.format != "fp16":
+        texts["quantize", "calibration", "data"] = calibration_path(loaded)
+    for keys, path in texts.items():
+        if path.is_file():  # the plan lists missing files
+            try:
+                load_texts(path)
+            except PipelineError as error:
+                yield from (
+                    replace(problem, where=f"{loaded.where(*keys)}: {problem.where}")
+                    for problem in error.problems
+                )
 
 
 def _shape_is_unknown(loaded: LoadedConfig) -> bool:
@@ -101,8 +145,12 @@ def _shape_is_unknown(loaded: LoadedConfig) -> bool:
 
 def _forecast(loaded: LoadedConfig, shape: ModelShape, source_dir: Path | None) -> Forecast:
     config = loaded.config
-    ranks = mappings(config.mapping.tp, config.mapping.pp)
-    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * _KV_BYTES
+    mapping = config.mapping
+    ranks = mappings(mapping.tp, mapping.pp)
+    # KV heads are repeated when there are fewer than ranks; the first stage has the most layers.
+    heads = max(1, shape.num_kv_heads // mapping.tp)
+    layers = math.ceil(shape.num_layers / mapping.pp)
+    per_token = 2 * layers * heads * shape.head_size * _KV_BYTES
     return Forecast(
         shape=shape,
         source_bytes=_source_bytes(source_dir),
@@ -173,11 +221,14 @@ def _at_its_key(loaded: LoadedConfig, problem: Problem) -> Problem:
     return replace(problem, where=loaded.where(*keys))
 
 
-def _weight_problems(source_dir: Path) -> Iterator[Problem]:
+def _weight_problems(source_dir: Path, quantized: bool) -> Iterator[Problem]:
     tokenizer_problem = missing_tokenizer(source_dir)
     if tokenizer_problem is not None:
         yield tokenizer_problem
     try:
-        open_plain_checkpoint(source_dir)
+        checkpoint = open_plain_checkpoint(source_dir)
     except PipelineError as error:
         yield from error.problems
+        return
+    if quantized:
+        yield from dtype_problems(checkpoint)

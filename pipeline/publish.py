@@ -16,11 +16,12 @@ from pipeline.store import (
     describe_files,
     file_sha256,
     list_files,
-    sync_directory,
+    sync,
     sync_tree,
     write_json,
 )
 
+_REPAIR = "run the build again: what was changed is made anew"
 _UNPUBLISHED = (MANIFEST, "*.log", "rank*.facts.json")
 
 
@@ -31,16 +32,18 @@ def damaged_files(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]
     for name, entry in listed.items():
         path = directory / name
         if not path.is_file():
-            problems.append(Problem(str(path), "is missing"))
+            problems.append(Problem(str(path), "is missing", fix=_REPAIR))
         elif path.stat().st_size != entry["bytes"]:
             what = f"has {path.stat().st_size} bytes, {entry['bytes']} were published"
-            problems.append(Problem(str(path), what))
+            problems.append(Problem(str(path), what, fix=_REPAIR))
         elif "sha256" in entry and file_sha256(path) != entry["sha256"]:
-            problems.append(Problem(str(path), "was changed after publishing (sha256 differs)"))
+            problems.append(
+                Problem(str(path), "was changed after publishing (sha256 differs)", fix=_REPAIR)
+            )
     for path in list_files(directory):
         name = path.relative_to(directory).as_posix()
         if name not in listed and name not in (MANIFEST, LOG):
-            problems.append(Problem(str(path), "is not in the manifest"))
+            problems.append(Problem(str(path), "is not in the manifest", fix="move it away"))
     return problems
 
 
@@ -92,7 +95,7 @@ def publish(fill: Callable[[Path], None], destination: Path, *, manifest: dict[s
         _swap(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    sync_directory(destination.parent)
+    sync(destination.parent)
 
 
 def _swap(new: Path, visible: Path) -> None:

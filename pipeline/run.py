@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
-from pipeline import __version__, errors
+from pipeline import __version__
 from pipeline.config import LoadedConfig
 from pipeline.errors import PipelineError, Problem, StageError
+from pipeline.external import DigestCache
 from pipeline.plan import Plan, Step, make_plan
 from pipeline.progress import Progress
 from pipeline.publish import link_tree, publish
-from pipeline.stages.worker import Job
-from pipeline.store import LOG, MANIFEST, Artifact
+from pipeline.stage_process import run_stage
+from pipeline.store import LOG, MANIFEST, Action, Artifact, is_unchanged
 from pipeline.workspace import Workspace
 
-_LOG_TAIL_LINES = 12
 _EVIDENCE = ("*.log", "report.*")
 """What is kept of a stage that failed."""
 
@@ -69,172 +66,117 @@ def run(loaded: LoadedConfig, workspace: Workspace, view: RunView) -> RunResult:
         PlanError, ToolError, CheckpointError: the plan has problems; nothing was started.
         PipelineError: a stage failed; nothing was published, its log is kept under failed/.
     """
-    plan = _plan_with_keys(loaded, workspace, view)
-    artifacts: dict[str, Artifact] = {}
-    executed = []
+    digests = workspace.digests()
+    plan = _plan_with_keys(loaded, workspace, digests, view)
+    maker = _Maker(loaded, workspace, digests, view)
     for step in plan.steps:
-        name = step.stage.name
-        artifact = _current_artifact(step, workspace, loaded)
-        if artifact is None:
-            artifact, ran = _make(step, loaded, workspace, artifacts, view)
-            executed += [name] if ran else []
-        else:
-            view.stage_hit(step)
-        artifacts[name] = artifact
-        if (
-            name == "fetch" and name in executed
-        ):  # now the weights can be checked, before hours go by
-            make_plan(loaded, workspace.store, workspace.digests()).raise_problems()
-    published = _publish(loaded, workspace, artifacts)
+        maker.make(step)
+        if step.stage.name == "fetch" and maker.executed:
+            # Now the weights can be checked, before hours go by.
+            make_plan(loaded, workspace.store, digests).raise_problems()
+    published = _publish(loaded, workspace, maker.artifacts)
     return RunResult(
         engine_dir=workspace.engines_dir / loaded.config.name,
         repository_dir=workspace.repositories_dir / loaded.config.name,
-        artifacts=artifacts,
-        executed=tuple(executed),
+        artifacts=maker.artifacts,
+        executed=tuple(maker.executed),
         published=published,
     )
 
 
-def _plan_with_keys(loaded: LoadedConfig, workspace: Workspace, view: RunView) -> Plan:
+def _plan_with_keys(
+    loaded: LoadedConfig, workspace: Workspace, digests: DigestCache, view: RunView
+) -> Plan:
     """Plan; read large external files once if that is what it takes to know the keys."""
-    digests = workspace.digests()
     plan = make_plan(loaded, workspace.store, digests)
     plan.raise_problems()
     if plan.unhashed_bytes:
         view.say(f"hashing {plan.unhashed_bytes / 1e9:.1f} GB of the original checkpoint, once")
-        for step in plan.steps:
-            for paths in step.stage.external_files(loaded).values():
-                for path in paths:
-                    digests.digest(path)
-        digests.save()
+        for path in _external_files(loaded, plan.steps):
+            digests.digest(path)
         plan = make_plan(loaded, workspace.store, digests)
     digests.save()
     return plan
 
 
-def _current_artifact(step: Step, workspace: Workspace, loaded: LoadedConfig) -> Artifact | None:
-    assert step.action is not None
-    artifact = workspace.store.lookup(step.action)
-    if artifact is not None and step.stage.is_current(loaded, artifact.path):
-        return artifact
-    return None
+def _external_files(loaded: LoadedConfig, steps: Iterable[Step]) -> Iterator[Path]:
+    for step in steps:
+        for paths in step.stage.external_files(loaded).values():
+            yield from paths
 
 
-def _make(
-    step: Step,
-    loaded: LoadedConfig,
-    workspace: Workspace,
-    artifacts: dict[str, Artifact],
-    view: RunView,
-) -> tuple[Artifact, bool]:
-    """Run one stage under the lock of its key; False if another process made it meanwhile."""
-    action = step.action
-    assert action is not None
-    waiting = f"{step.stage.name}: another run is making the same artifact; waiting for it"
-    with workspace.store.lock(action.key, lambda: view.say(waiting)):
-        other = _current_artifact(step, workspace, loaded)
-        if other is not None:
-            view.stage_hit(step)
-            return other, False
-        progress = view.stage_starts(step)
-        inputs = {role: artifacts[name].path for role, name in step.inputs.items()}
+class _Maker:
+    """Makes the artifacts of one run, step by step.
+
+    Attributes:
+        artifacts: stage -> artifact, of every step so far.
+        executed: stages that had to run.
+    """
+
+    def __init__(
+        self, loaded: LoadedConfig, workspace: Workspace, digests: DigestCache, view: RunView
+    ) -> None:
+        self.artifacts: dict[str, Artifact] = {}
+        self.executed: list[str] = []
+        self._loaded = loaded
+        self._store = workspace.store
+        self._digests = digests
+        self._view = view
+        self._read: list[Path] = []  # external files that decide what was made so far
+
+    def make(self, step: Step) -> None:
+        """Take the artifact from the store, or run the stage under the lock of its key."""
+        name, action = step.stage.name, step.action
+        assert action is not None
+        self._read += _external_files(self._loaded, [step])
+        artifact = self._stored(step)
+        if artifact is None:
+            waiting = f"{name}: another run is making the same artifact; waiting for it"
+            with self._store.lock(action.key, lambda: self._view.say(waiting)):
+                artifact = self._stored(step) or self._run(step, action)
+        self.artifacts[name] = artifact
+        if name not in self.executed:
+            self._view.stage_hit(step)
+
+    def _stored(self, step: Step) -> Artifact | None:
+        assert step.action is not None
+        artifact = self._store.lookup(step.action)
+        if artifact is not None and step.stage.is_current(self._loaded, artifact.path):
+            return artifact
+        return None
+
+    def _run(self, step: Step, action: Action) -> Artifact:
+        name = step.stage.name
+        progress = self._view.stage_starts(step)
+        inputs = {role: self.artifacts[stage].path for role, stage in step.inputs.items()}
         started = time.monotonic()
         try:
-            work_dir = workspace.store.new_work_dir(action)
-            facts = _run_in_child(step, loaded, inputs, work_dir, progress)
-            artifact = workspace.store.commit(action, work_dir, facts)
+            work_dir = self._store.new_work_dir(action)
+            facts = run_stage(name, self._loaded, inputs, work_dir, progress)
+            self._refuse_changed_files()
+            artifact = self._store.commit(action, work_dir, facts)
         except BaseException as error:  # Ctrl-C too: the unfinished directory goes, the log stays
-            kept = workspace.store.keep_failure(action, _EVIDENCE)
+            kept = self._store.keep_failure(action, _EVIDENCE)
             if isinstance(error, PipelineError):
-                view.say(f"log: {kept / LOG}")
+                self._view.say(f"log: {kept / LOG}")
             raise
-    view.stage_done(step, time.monotonic() - started, facts)
-    return artifact, True
+        self.executed.append(name)
+        self._view.stage_done(step, time.monotonic() - started, facts)
+        return artifact
 
-
-def _run_in_child(
-    step: Step,
-    loaded: LoadedConfig,
-    inputs: dict[str, Path],
-    work_dir: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Start the stage's process, follow its progress, return its facts or raise its error."""
-    read_fd, write_fd = os.pipe()
-    log_path = work_dir / LOG
-    job = Job(
-        stage=step.stage.name,
-        loaded=loaded,
-        inputs=inputs,
-        out_dir=work_dir,
-        log_path=log_path,
-        report_fd=write_fd,
-        parent_pid=os.getpid(),
-    )
-    with log_path.open("wb") as log, os.fdopen(read_fd) as pipe:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.stages.worker"],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=(write_fd,),
-            text=True,
-            env={**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
-        )
-        os.close(write_fd)
-        try:
-            assert child.stdin is not None
-            child.stdin.write(job.model_dump_json())
-            child.stdin.close()
-            result = _follow(pipe, progress)
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
-    if result is None:
-        raise StageError(_death(step, code, log_path))
-    if result["event"] == "error":
-        kind: type[PipelineError] = getattr(errors, result["kind"])
-        raise kind(Problem(**problem) for problem in result["problems"])
-    facts: dict[str, Any] = result["facts"]
-    return facts
-
-
-def _follow(pipe: TextIO, progress: Progress) -> dict[str, Any] | None:
-    """Pass progress on until the pipe closes; the last message if it is a result."""
-    handlers: dict[str, Callable[[dict[str, Any]], None]] = {
-        "start": lambda message: progress.start(message["total"], message["unit"]),
-        "advance": lambda message: progress.advance(message["note"]),
-        "say": lambda message: progress.say(message["text"]),
-    }
-    result = None
-    for line in pipe:
-        message: dict[str, Any] = json.loads(line)
-        handler = handlers.get(message["event"])
-        if handler is None:
-            result = message
-        else:
-            handler(message)
-    return result
-
-
-def _death(step: Step, code: int, log_path: Path) -> Problem:
-    """The problem of a stage that ended without a word: a bug, or a kill."""
-    cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    fix = ""
-    if code == -9:
-        fix = "usually the kernel ran out of memory: close other programs, or use a larger machine"
-    lines = log_path.read_text("utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-    tail = "\n".join(f"    {line}" for line in lines)
-    return Problem(f"stage {step.stage.name}", f"{cause}; the end of its log:\n{tail}\n", fix=fix)
+    def _refuse_changed_files(self) -> None:
+        """What was made of a file must carry the key of that file's content, not of an older one."""
+        changed = [path for path in self._read if self._digests.peek(path) is None]
+        if changed:
+            what = "changed while it was being read; nothing made of it was kept"
+            raise StageError(Problem(str(path), what, fix="run again") for path in changed)
 
 
 def _publish(loaded: LoadedConfig, workspace: Workspace, artifacts: dict[str, Artifact]) -> bool:
     """Make engine and repository visible, each in one step; False if they are there already."""
     keys = {name: artifact.key for name, artifact in artifacts.items()}
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "made_by": f"trtpipe {__version__}",
         "name": loaded.config.name,
         "rehearsal": loaded.rehearsal,
@@ -257,21 +199,22 @@ def _publish(loaded: LoadedConfig, workspace: Workspace, artifacts: dict[str, Ar
         (workspace.repositories_dir, fill_repository),
     ):
         destination = parent / loaded.config.name
-        if _is_published(destination, keys):
-            continue
         with workspace.store.lock(f"publish-{parent.name}-{loaded.config.name}", lambda: None):
-            publish(fill, destination, manifest=manifest)
-        changed = True
+            if not _is_published(destination, manifest):
+                publish(fill, destination, manifest=manifest)
+                changed = True
     return changed
 
 
-def _is_published(destination: Path, keys: dict[str, str]) -> bool:
+def _is_published(destination: Path, expected: dict[str, Any]) -> bool:
+    """Whether exactly this is there, down to the modification time of every file."""
     try:
         manifest = json.loads((destination / MANIFEST).read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
-    files_intact = all(
-        (destination / name).is_file() and (destination / name).stat().st_size == entry["bytes"]
-        for name, entry in manifest.get("files", {}).items()
+    if not isinstance(manifest, dict):
+        return False
+    files = manifest.pop("files", {})
+    return manifest == expected and all(
+        is_unchanged(destination / name, entry) for name, entry in files.items()
     )
-    return bool(manifest.get("keys") == keys and files_intact)

@@ -3,7 +3,7 @@
 Layout under the root (`engines/.store`):
 
     <stage>/<key>/            one finished artifact: its files and manifest.json
-    work/<key>/               an unfinished one; never looked at by a reader
+    work/<key>.<pid>/         an unfinished one; never looked at by a reader
     failed/<stage>-<key>/     what a failed run left: its log, and reports that explain the failure
     locks/<key>.lock          held while a key is being made
 
@@ -27,6 +27,8 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 LOG = "stage.log"
+SCHEMA = 1
+"""Of the store's manifests; one of another schema is a miss."""
 _TAG = b"trtpipe action 1\n"
 _CHUNK_BYTES = 1 << 20
 
@@ -132,8 +134,9 @@ def list_files(directory: Path) -> list[Path]:
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Relative name -> {bytes, sha256} of every file below `directory` but the manifest and the log.
+    """Relative name -> {bytes, mtime_ns, sha256} of every file below `directory`.
 
+    The manifest and the log are left out.
     Of a symbolic link the target is noted instead of a hash: links lead to external files, whose content
     is part of the key already.
     """
@@ -145,8 +148,18 @@ def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
         identity = (
             {"link": str(path.readlink())} if path.is_symlink() else {"sha256": file_sha256(path)}
         )
-        described[name] = {"bytes": path.stat().st_size, **identity}
+        status = path.stat()
+        described[name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, **identity}
     return described
+
+
+def is_unchanged(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file still has the size and time that its manifest entry says; reads no content."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return bool(status.st_size == entry["bytes"] and status.st_mtime_ns == entry["mtime_ns"])
 
 
 class Store:
@@ -162,26 +175,22 @@ class Store:
     def lookup(self, action: Action) -> Artifact | None:
         """The artifact of an action, or None when it has not been made.
 
-        Sizes are compared with the manifest, so a file that was truncated or removed behind our back is
-        a miss, not a surprise later. Contents are checked by `damaged_files`.
+        Sizes and modification times are compared with the manifest, so a file that was changed or
+        removed behind our back is a miss, not a surprise later.
         """
         path = self.artifact_dir(action)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        manifest = _read_manifest(path)
+        if manifest is None:
             return None
         for name, entry in manifest["files"].items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            if not is_unchanged(path / name, entry):
                 return None
         return Artifact(path, action.key, manifest)
 
     def actions_of(self, stage: str) -> list[dict[str, Any]]:
         """Stored manifests of one stage, newest first: what `explain` compares with."""
-        manifests = []
-        for path in (self.root / stage).glob(f"*/{MANIFEST}"):
-            with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
-                manifests.append(json.loads(path.read_text("utf-8")))
+        found = map(_read_manifest, (self.root / stage).glob("*/"))
+        manifests = [manifest for manifest in found if manifest is not None]
         return sorted(manifests, key=lambda manifest: str(manifest["created"]), reverse=True)
 
     @contextlib.contextmanager
@@ -204,19 +213,21 @@ class Store:
 
     def work_dir(self, action: Action) -> Path:
         """Where an artifact is made before it is committed."""
-        return self.root / "work" / action.key
+        return self.root / "work" / f"{action.key}.{os.getpid()}"
 
     def new_work_dir(self, action: Action) -> Path:
         """An empty directory to make an artifact in; call while holding the lock of its key."""
+        for left_over in (self.root / "work").glob(f"{action.key}.*"):
+            # Of a run that was killed. Its own name, because what it started may still be dying.
+            shutil.rmtree(left_over, ignore_errors=True)
         path = self.work_dir(action)
-        if path.exists():  # a run that was killed: the lock tells that nobody works in it
-            shutil.rmtree(path)
         path.mkdir(parents=True)
         return path
 
     def commit(self, action: Action, work_dir: Path, facts: dict[str, Any]) -> Artifact:
         """Turn a finished work directory into the artifact of `action`, atomically."""
         manifest = {
+            "schema": SCHEMA,
             "action": action.fields(),
             "key": action.key,
             "facts": facts,
@@ -231,7 +242,7 @@ class Store:
         if final.exists():  # damaged, or `lookup` would have found it
             shutil.rmtree(final)
         work_dir.rename(final)
-        sync_directory(final.parent)
+        sync(final.parent)
         return Artifact(final, action.key, manifest)
 
     def keep_failure(self, action: Action, patterns: tuple[str, ...]) -> Path:
@@ -248,13 +259,22 @@ class Store:
         return kept
 
 
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
+    return manifest if is_ours else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Readable JSON, one key a line, sorted, with a final newline."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
 
 
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk."""
+def sync(path: Path) -> None:
+    """Flush one file, or the entries of one directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -263,15 +283,14 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flush files to disk before the rename that makes them visible."""
+    """Flush files and directories to disk before the rename that makes them visible."""
+    directories = {directory}
     for path in list_files(directory):
+        directories.add(path.parent)
         if not path.is_symlink():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    sync_directory(directory)
+            sync(path)
+    for path in directories:
+        sync(path)
 
 
 def _make_read_only(directory: Path) -> None:

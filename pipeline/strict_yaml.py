@@ -44,7 +44,15 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads exponents without a dot as floats."""
+    """SafeLoader that reads exponents without a dot as floats, and refuses aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """An alias may point at what contains it, and its line is not where the value stands."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*) are not allowed", problem_mark=mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -70,8 +78,9 @@ def load(path: Path) -> Document:
         raise ConfigError(Problem(shown, f"byte {error.start} is not valid UTF-8")) from None
     except OSError as error:
         raise ConfigError(Problem(shown, f"cannot be read: {error.strerror}")) from None
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(Problem(f"{shown}:1", "is not a mapping", "`key: value` lines"))
@@ -80,9 +89,11 @@ def load(path: Path) -> Document:
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax(shown, error)) from None
     except yaml.reader.ReaderError as error:
-        raise ConfigError(Problem(shown, f"is not text: {error.reason}")) from None
+        what = f"is not text: {error.reason} at position {error.position}"
+        raise ConfigError(Problem(shown, what)) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if reader.problems:
         raise ConfigError(reader.problems)
     return Document(data, reader.locations)
@@ -147,9 +158,13 @@ class _Reader:
         return data
 
     def _key(self, node: yaml.Node) -> str | None:
-        key: Hashable = self.loader.construct_object(node)
-        if isinstance(key, str) and key != "<<":
-            return key
+        try:
+            key: Hashable = self.loader.construct_object(node)
+        except ValueError:
+            key = node.value
+        else:
+            if isinstance(key, str) and key != "<<":
+                return key
         self._refuse(node, f"key {key!r} is not text", "text keys; no merge keys, use extends:")
         return None
 

@@ -3,7 +3,7 @@
 Light to import: nothing here loads ONNX, ONNX Runtime or TensorRT.
 """
 
-from pipeline.engine.backend import BuildFacts, EngineBackend, facts_path
+from pipeline.engine.backend import BuildFacts, EngineBackend, error_path, facts_path
 from pipeline.engine.engine_config import write_engine_config
 from pipeline.engine.onnxruntime_backend import OnnxRuntimeBackend
 from pipeline.engine.request import WorkerRequest
@@ -18,6 +18,7 @@ __all__ = [
     "BuildFacts",
     "EngineBackend",
     "WorkerRequest",
+    "error_path",
     "facts_path",
     "write_engine_config",
 ]

@@ -108,6 +108,11 @@ def facts_path(engine_dir: Path, rank: int) -> Path:
     return engine_dir / f"rank{rank}.facts.json"
 
 
+def error_path(engine_dir: Path, rank: int) -> Path:
+    """Where the worker leaves the user's error that stopped it."""
+    return engine_dir / f"rank{rank}.error.json"
+
+
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process in bytes.
 

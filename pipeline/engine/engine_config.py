@@ -1,4 +1,4 @@
-"""config.json of an engine directory, with the three keys that TensorRT-LLM writes there."""
+"""config.json of an engine directory, with the sections that TensorRT-LLM writes there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline import __version__
 from pipeline.errors import CheckpointError, Problem
 from pipeline.network.limits import BuildLimits
 
@@ -14,7 +13,10 @@ CONFIG_FILE = "config.json"
 
 
 def write_engine_config(checkpoint_dir: Path, engine_dir: Path, limits: BuildLimits) -> None:
-    """Write {"version", "pretrained_config", "build_config"} once for all ranks.
+    """Write {"pretrained_config", "build_config"} once for all ranks.
+
+    TensorRT-LLM's `version` is left out: it would be read as the version of TensorRT-LLM. What made the
+    engine stands in manifest.json.
 
     Raises:
         CheckpointError: the checkpoint's config.json cannot be read.
@@ -25,7 +27,6 @@ def write_engine_config(checkpoint_dir: Path, engine_dir: Path, limits: BuildLim
     except (OSError, ValueError) as error:
         raise CheckpointError(Problem(str(source), f"cannot be read: {error}")) from error
     config = {
-        "version": __version__,
         "pretrained_config": pretrained,
         "build_config": asdict(limits),
     }

@@ -101,8 +101,10 @@ def _try(
 
 
 def _length_if_equal(file: BinaryIO, chunk: Chunk, item: _Sought, offset: int) -> int | None:
+    if offset < 0:  # it would have to start before the chunk
+        return None
     file.seek(chunk.offset + offset)
-    if offset < 0 or file.read(len(item.head)) != item.head:
+    if file.read(len(item.head)) != item.head:
         return None
     file.seek(chunk.offset + offset)
     nbytes = 0

@@ -1,15 +1,19 @@
 """Entry of the process that builds one rank: `python -m pipeline.engine.worker REQUEST_JSON`.
 
 Leaves rank{r}.facts.json beside the engine and prints the same JSON as its last lines. When it
-fails, the problems are the last lines and the exit code is that of their kind.
+fails, the problems are the last lines, rank{r}.error.json has them as data, and the exit code is that
+of their kind.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 
-from pipeline.engine import BACKENDS, WorkerRequest, facts_path
-from pipeline.errors import PipelineError
+from pipeline.engine import BACKENDS, WorkerRequest, error_path, facts_path
+from pipeline.errors import PipelineError, error_to_json
+from pipeline.orphans import die_with_parent
 from pipeline.targets import TARGETS
 
 
@@ -28,6 +32,7 @@ class _LogProgress:
 
 def main(argument: str) -> int:
     """Build one rank; the exit code is that of the first thing that went wrong, or 0."""
+    die_with_parent(os.getppid())
     request = WorkerRequest.from_json(argument)
     try:
         facts = BACKENDS[request.backend].build_rank(
@@ -41,6 +46,8 @@ def main(argument: str) -> int:
         )
     except PipelineError as error:
         print(error, file=sys.stderr, flush=True)
+        path = error_path(request.engine_dir, request.rank)
+        path.write_text(json.dumps(error_to_json(error)), encoding="utf-8")
         return int(error.exit_code)
     text = facts.to_json()
     facts_path(request.engine_dir, request.rank).write_text(text, encoding="utf-8")

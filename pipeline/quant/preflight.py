@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.checkpoint.reader import TensorInfo
 from pipeline.checkpoint.source import HfCheckpoint
@@ -35,6 +36,7 @@ class QuantizeOptions:
         seed: chooses the windows.
         num_threads: threads of one matrix product; None keeps torch's number. Other numbers may
             change last bits of activations and with them, rarely, a scale.
+        device: where to compute; "cuda" was written but never run.
     """
 
     format: str
@@ -44,6 +46,7 @@ class QuantizeOptions:
     batch_size: int
     seed: int = 0
     num_threads: int | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def linears_to_quantize(shape: ModelShape) -> tuple[str, ...]:
@@ -68,11 +71,8 @@ def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
         PlanError: the options cannot be used, or not for this model; every offending linear listed.
     """
     checkpoint = open_plain_checkpoint(source_dir)
-    linears = {
-        name: checkpoint.reader.tensors[f"{name}.weight"]
-        for name in linears_to_quantize(checkpoint.shape)
-    }
-    problems = list(_dtype_problems(linears, source_dir))
+    linears = _linears(checkpoint)
+    problems = list(dtype_problems(checkpoint))
     tokenizer_problem = missing_tokenizer(source_dir)
     if tokenizer_problem:
         problems.append(tokenizer_problem)
@@ -84,6 +84,11 @@ def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
     if problems:
         raise PlanError(problems)
     return checkpoint
+
+
+def _linears(checkpoint: HfCheckpoint) -> dict[str, TensorInfo]:
+    names = linears_to_quantize(checkpoint.shape)
+    return {name: checkpoint.reader.tensors[f"{name}.weight"] for name in names}
 
 
 def _option_problems(options: QuantizeOptions, shape: ModelShape) -> Iterator[Problem]:
@@ -111,7 +116,9 @@ def _option_problems(options: QuantizeOptions, shape: ModelShape) -> Iterator[Pr
         )
 
 
-def _dtype_problems(linears: dict[str, TensorInfo], source_dir: Path) -> Iterator[Problem]:
+def dtype_problems(checkpoint: HfCheckpoint) -> Iterator[Problem]:
+    """Linears of a dtype that cannot be quantized, or of several dtypes."""
+    linears, source_dir = _linears(checkpoint), checkpoint.directory
     dtypes = sorted({info.dtype for info in linears.values()})
     if len(dtypes) > 1:
         yield Problem(

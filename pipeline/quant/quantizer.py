@@ -1,7 +1,7 @@
 """NVIDIA ModelOpt's INT4 AWQ: a plain Hugging Face checkpoint becomes a quantized one.
 
-The whole model is in memory, in the checkpoint's own dtype, on the GPU if torch finds one and on the
-CPU otherwise; only the CPU has been run and tested.
+The whole model is in memory, in the checkpoint's own dtype. Device "cuda" is written, but only the CPU
+has been run and tested.
 
 ModelOpt searches a scale for q, k and v (and for gate and up) one by one, then, when it exports,
 replaces the scales of such a group by their mean and quantizes those weights again. The exported
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.source import HfCheckpoint, read_format
-from pipeline.errors import Problem, StageError
+from pipeline.errors import Problem, StageError, ToolError
 from pipeline.progress import Progress
 from pipeline.quant.calibration import TokenWindows, token_windows
 from pipeline.quant.formats import FORMATS
@@ -173,7 +173,10 @@ def _calibrate_and_export(
 
     from pipeline.quant.float32_products import float32_products
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        fix = "set quantize.device: cpu, or install torch with CUDA on a machine with a GPU"
+        raise ToolError(Problem("quantize.device", "torch finds no CUDA device", fix=fix))
     model = load_model(checkpoint.directory, _checkpoint_dtype(checkpoint)).to(device)
     progress.start(FORWARD_PASSES * math.ceil(options.num_samples / options.batch_size), "batches")
 

@@ -30,6 +30,11 @@ class Build(StageDefaults):
             return (*_GRAPH_TOOLS, "tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs")
         return _GRAPH_TOOLS
 
+    def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """What runs the network once, and starts several ranks."""
+        mpi = ("mpi4py",) if loaded.config.build.launch == "mpirun" else ()
+        return ("onnxruntime", *mpi)
+
     def target_sm(self, loaded: LoadedConfig) -> int | None:
         """The CPU network does not depend on the GPU."""
         if loaded.config.build.backend == "onnxruntime":
@@ -38,7 +43,7 @@ class Build(StageDefaults):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """One worker process per rank: TensorRT-RTX keeps one logger per process."""
-        from pipeline.engine import WorkerRequest, write_engine_config
+        from pipeline.engine import WorkerRequest, error_path, write_engine_config
         from pipeline.runtime.tokenizer import save_tokenizer
 
         config = context.loaded.config
@@ -55,9 +60,19 @@ class Build(StageDefaults):
                 target=config.target,
                 limits=limits,
             )
-            log_path = str(context.out_dir / f"rank{rank}.log")
-            jobs.append(RankJob(rank, "pipeline.engine.worker", request.to_json(), log_path))
-        run_ranks(jobs, config.build.launch, context.out_dir / "jobs.json")
+            jobs.append(
+                RankJob(
+                    rank=rank,
+                    module="pipeline.engine.worker",
+                    argument=request.to_json(),
+                    log_path=str(context.out_dir / f"rank{rank}.log"),
+                    error_path=str(error_path(context.out_dir, rank)),
+                )
+            )
+        context.progress.say(f"exporting, compiling and checking {world_size} rank(s)")
+        run_ranks(
+            jobs, config.build.launch, context.out_dir / "jobs.json", context.progress.advance
+        )
         write_engine_config(context.inputs["checkpoint"], context.out_dir, limits)
         tokenizer_dir = context.out_dir / "tokenizer"
         tokenizer_dir.mkdir()

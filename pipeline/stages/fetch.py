@@ -8,10 +8,8 @@ from typing import Any
 from pipeline.config import DemoSource, DirectorySource, HubSource, LoadedConfig, SyntheticSource
 from pipeline.demo import MODEL_DIR
 from pipeline.errors import CheckpointError, Problem, ToolError
-from pipeline.external import checkpoint_files
+from pipeline.external import CHECKPOINT_PATTERNS, checkpoint_files
 from pipeline.stages.stage import StageContext, StageDefaults
-
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def local_directory(loaded: LoadedConfig) -> Path | None:
@@ -38,11 +36,13 @@ class Fetch(StageDefaults):
         return model.model_dump(mode="json", exclude={"shape"} if model.source == "hub" else set())
 
     def external_files(self, loaded: LoadedConfig) -> dict[str, list[Path]]:
-        """Every file of a local checkpoint."""
+        """Every file of a local checkpoint; of synthetic weights, the tokenizer lent to them."""
         directory = local_directory(loaded)
-        if directory is None:
-            return {}
-        return {path.name: [path] for path in checkpoint_files(directory)}
+        if directory is not None:
+            return {path.name: [path] for path in checkpoint_files(directory)}
+        if isinstance(loaded.config.model, SyntheticSource):
+            return {path.name: [path] for path in _lent_tokenizer()}
+        return {}
 
     def is_current(self, loaded: LoadedConfig, artifact_dir: Path) -> bool:
         """Links must lead to the directory whose content was hashed, not to an equal one elsewhere."""
@@ -101,7 +101,9 @@ def _download(model: HubSource, context: StageContext) -> None:
 
     where = f"{model.id} at {model.revision[:12]}"
     try:
-        cached = snapshot_download(model.id, revision=model.revision, allow_patterns=_HUB_PATTERNS)
+        cached = snapshot_download(
+            model.id, revision=model.revision, allow_patterns=list(CHECKPOINT_PATTERNS)
+        )
     except GatedRepoError:
         fix = "accept the licence on the model's page, then `huggingface-cli login`"
         raise ToolError(Problem(where, "access to this model is restricted", fix=fix)) from None
@@ -134,6 +136,10 @@ def _synthesize(model: SyntheticSource, context: StageContext) -> None:
     from pipeline.checkpoint.synthetic import write_synthetic
 
     write_synthetic(model.shape, context.out_dir, seed=model.seed, progress=context.progress)
-    for path in checkpoint_files(MODEL_DIR):
-        if path.name.startswith(("tokenizer", "special_tokens")):
-            (context.out_dir / path.name).symlink_to(path.resolve())
+    for path in _lent_tokenizer():
+        (context.out_dir / path.name).symlink_to(path.resolve())
+
+
+def _lent_tokenizer() -> list[Path]:
+    names = ("tokenizer", "special_tokens")
+    return [path for path in checkpoint_files(MODEL_DIR) if path.name.startswith(names)]

@@ -44,6 +44,7 @@ class Quantize(StageDefaults):
             num_samples=calibration.num_samples,
             seq_len=calibration.seq_len,
             batch_size=calibration.batch_size,
+            device=quantize.device,
         )
         texts = load_texts(calibration_path(context.loaded))
         quantize_checkpoint(

@@ -18,6 +18,10 @@ class Serve(StageDefaults):
         """The model's name: ports and host belong to a start of the server, not to the repository."""
         return {"model_name": loaded.served_name}
 
+    def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """The schema that every config.pbtxt is read back through."""
+        return ("tritonclient",)
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Write the repository; the engine's files are linked into it."""
         from pipeline.serving.repository import RepositoryOptions, emit_repository

@@ -50,6 +50,9 @@ class Stage(Protocol):
     def tools(self, loaded: LoadedConfig) -> tuple[str, ...]:
         """Distributions whose version decides the output, e.g. "nvidia-modelopt"."""
 
+    def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """Further distributions that must be installed; their version does not decide the output."""
+
     def target_sm(self, loaded: LoadedConfig) -> int | None:
         """Compute capability times ten when the output depends on the GPU."""
 
@@ -69,6 +72,10 @@ class StageDefaults:
 
     def tools(self, loaded: LoadedConfig) -> tuple[str, ...]:
         """No tools."""
+        return ()
+
+    def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """None."""
         return ()
 
     def target_sm(self, loaded: LoadedConfig) -> int | None:

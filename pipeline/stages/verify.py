@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ class Verify(StageDefaults):
                 )
                 for verdict in failed
             )
-        return dict(report.headline())
+        # A rehearsal may measure infinity, which is no JSON number.
+        return {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in report.headline().items()
+        }
 
 
 def _fix(gate: str) -> str:

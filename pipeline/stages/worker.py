@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, TextIO
 from pydantic import BaseModel
 
 from pipeline.config import LoadedConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, error_to_json
+from pipeline.orphans import die_with_parent
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageContext
 
@@ -59,7 +59,7 @@ class _PipeProgress:
 def main() -> int:
     """Run one stage; the exit code only says whether a result was sent."""
     job = Job.model_validate_json(sys.stdin.read())
-    _die_with_parent(job.parent_pid)
+    die_with_parent(job.parent_pid)
     with os.fdopen(job.report_fd, "w") as pipe:
         progress = _PipeProgress(pipe)
         context = StageContext(job.loaded, job.inputs, job.out_dir, job.log_path, progress)
@@ -67,23 +67,10 @@ def main() -> int:
             facts = STAGES[job.stage].run(context)
         except PipelineError as error:
             traceback.print_exc()
-            problems = [vars(problem) for problem in error.problems]
-            progress.send(event="error", kind=type(error).__name__, problems=problems)
+            progress.send(event="error", **error_to_json(error))
             return 1
         progress.send(event="done", facts=facts)
     return 0
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """A stage must not live on when the run is killed (Linux; elsewhere the pipe breaks)."""
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != parent_pid:  # it died before the call
-        sys.exit(1)
 
 
 if __name__ == "__main__":

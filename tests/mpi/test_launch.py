@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import StageError, ToolError
+from pipeline.errors import GateError, StageError, ToolError
 from pipeline.launch import RankJob, find_mpirun, mpirun_flags, run_ranks
 
 
@@ -28,7 +28,13 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _jobs(directory: Path, *modules: str) -> list[RankJob]:
     return [
-        RankJob(rank, module, str(directory / f"out{rank}"), str(directory / f"rank{rank}.log"))
+        RankJob(
+            rank,
+            module,
+            argument=str(directory / f"out{rank}"),
+            log_path=str(directory / f"rank{rank}.log"),
+            error_path=str(directory / f"rank{rank}.error.json"),
+        )
         for rank, module in enumerate(modules)
     ]
 
@@ -43,6 +49,21 @@ def test_sequential_runs_all(workers: Path) -> None:
 def test_sequential_names_the_failing_rank(workers: Path) -> None:
     with pytest.raises(StageError, match=r"rank 1: ended with code 1; .*\n[^$]*no such tensor"):
         run_ranks(_jobs(workers, "writes", "fails"), "sequential", workers / "jobs.json")
+
+
+def test_a_rank_s_own_error_keeps_its_kind_and_fix(workers: Path) -> None:
+    (workers / "gate.py").write_text(
+        "import json, sys\n"
+        "from pipeline.errors import GateError, Problem, error_to_json\n"
+        "error = GateError(Problem('weight 3', 'differs', 'equal bytes', 'build again'))\n"
+        "open(sys.argv[1].replace('out1', 'rank1.error.json'), 'w').write("
+        "json.dumps(error_to_json(error)))\n"
+        "sys.exit(6)\n"
+    )
+    with pytest.raises(GateError) as caught:
+        run_ranks(_jobs(workers, "writes", "gate"), "sequential", workers / "jobs.json")
+    expected = "rank 1: weight 3: differs; allowed: equal bytes; fix: build again"
+    assert str(caught.value) == expected
 
 
 def test_a_kill_is_called_a_kill(workers: Path) -> None:

@@ -60,7 +60,7 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
             "model: {source: hub, id: a/b, revision: 1234}\n",
             "x.yaml:1: model.revision: 1234: Input should be a valid string; fix: put it in quotes",
         ),
-        ("model: {source: hug}\n", "x.yaml:1: model: 'hug' is not known; allowed: "),
+        ("model: {source: hug}\n", "x.yaml:1: model.source: 'hug' is not known; allowed: "),
         ("target: rtx4090\n", "x.yaml:1: model: is missing; fix: add `model:`"),
         (
             "model: {}\n",
@@ -83,6 +83,22 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
         ("model: !!python/object:os.system {}\n", "x.yaml:1: "),
         ("extends: nowhere.yaml\n", "x.yaml:1: extends: no such file: nowhere.yaml"),
         ("extends: x.yaml\n", "x.yaml:1: extends: goes round in a circle: x.yaml -> x.yaml"),
+        (
+            "model: {source: demo}\nquantize:\n",
+            "x.yaml:2: quantize: None is not a section; allowed: ",
+        ),
+        ("model: \0\n", "x.yaml: is not text: special characters are not allowed at position 7"),
+        ("a: &x {b: *x}\n", "x.yaml:1: YAML syntax: aliases (*) are not allowed"),
+        ('!!int "abc": 3\n', "x.yaml:1: key 'abc' is not text"),
+        (
+            "model: {source: demo}\nverify: {gates: {max_perplexity_ratio: .inf}}\n",
+            "x.yaml:2: verify.gates.max_perplexity_ratio: inf: Input should be a finite number",
+        ),
+        (
+            "model: {source: demo}\nserve: {grpc_port: 8000}\n",
+            "x.yaml:2: serve: http_port, grpc_port and metrics_port are 8000, 8000, 8002; allowed: "
+            "three different ports",
+        ),
         (b"model: \xff\n", "x.yaml: byte 7 is not valid UTF-8"),
         (
             "model: {source: demo}\nverify: {gates: {min_top1_agreement: 1.5}}\n",

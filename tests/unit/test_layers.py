@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"console", "render", "run", "support"},
+    {"stage_process"},
     {"explain"},
     {"plan"},
     {"preflight"},
@@ -34,7 +35,7 @@ LAYERS: list[set[str]] = [
     {"workspace", "external", "launch"},
     {"publish"},
     {"config", "store"},
-    {"strict_yaml", "targets", "progress"},
+    {"strict_yaml", "targets", "progress", "orphans"},
     {"errors"},
 ]
 # Stands apart: trains the demo model, and tells others where its files lie.

@@ -14,6 +14,7 @@ import yaml
 from pipeline.config import load_config
 from pipeline.errors import CheckpointError
 from pipeline.explain import explain
+from pipeline.external import DigestCache
 from pipeline.plan import Plan, make_plan
 from pipeline.weights import override_weights
 from pipeline.workspace import Workspace
@@ -135,7 +136,8 @@ def test_keys_follow_the_content_of_files_not_their_path(build: Path, tmp_path: 
             {"verify__seq_len": 128},
             "verify.seq_len: 128 does not fit the engine; allowed: at most build.max_seq_len, 64",
         ),
-        ({"verify__data": "nowhere.txt"}, "verify: heldout: no such file: "),
+        ({"verify__data": "nowhere.txt"}, "verify.data: no such file: "),
+        ({"verify__data": "weights/config.json"}, "verify.data: "),
         ({"model__path": "nowhere"}, "nowhere: no such directory; allowed: a directory in Hugging"),
     ],
 )
@@ -144,6 +146,60 @@ def test_each_problem_is_found_before_the_start(
 ) -> None:
     texts = _texts(_plan(_variant(build, tmp_path, **change), tmp_path))
     assert any(expected in text for text in texts), texts
+
+
+def test_an_engine_that_cannot_fit_its_target(tmp_path: Path) -> None:
+    """Llama-2-70B dimensions in fp16 on a 24 GiB card, known from the YAML alone."""
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    path = tmp_path / "x.yaml"
+    config = {"model": {"source": "synthetic", "shape": shape}, "quantize": {"format": "fp16"}}
+    path.write_text(yaml.safe_dump(config))
+    plan = _plan(path, tmp_path)
+    assert plan.forecast is not None
+    assert 137e9 < plan.forecast.rank_bytes[0] < 139e9  # 137.95 GB: published parameter count x 2
+    (text,) = _texts(plan)
+    assert "the target has 25.77 GB" in text
+    assert "the weights alone do not fit" in text
+
+
+def test_mixed_dtypes_are_seen_by_the_plan(build: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    broken = _broken_weights(build, tmp_path)
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype("float32")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    config = _variant(build, tmp_path, model__path=str(broken), quantize__format="int4_awq")
+    texts = _texts(_plan(config, tmp_path))
+    assert any("mix F16 and F32" in text for text in texts), texts
+
+
+def test_two_savers_of_digests_lose_nothing(build: Path, tmp_path: Path) -> None:
+    one, other = (DigestCache(tmp_path / "digests.json") for _ in range(2))
+    first, second = build.parent / "text.txt", build.parent / "weights" / "config.json"
+    one.digest(first)
+    other.digest(second)
+    one.save()
+    other.save()
+    both = DigestCache(tmp_path / "digests.json")
+    assert both.peek(first) is not None
+    assert both.peek(second) is not None
+    (tmp_path / "digests.json").write_text("[]")
+    assert DigestCache(tmp_path / "digests.json").peek(first) is None
 
 
 def test_all_problems_are_listed_at_once(build: Path, tmp_path: Path) -> None:

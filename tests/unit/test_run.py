@@ -90,6 +90,60 @@ def test_a_second_run_does_nothing(built: tuple[Path, RunResult]) -> None:
     assert (root / "engines" / "tiny").stat().st_ino == before
 
 
+def test_other_ports_or_another_target_reach_the_manifest(
+    built: tuple[Path, RunResult],
+) -> None:
+    root, result = built
+    original = (root / "tiny.yaml").read_text()
+    data = yaml.safe_load(original)
+    data["serve"] = {"http_port": 9000}
+    data["target"] = "l4"
+    (root / "tiny.yaml").write_text(yaml.safe_dump(data))
+    again = _run(root / "tiny.yaml", root)
+    (root / "tiny.yaml").write_text(original)
+    assert again.executed == ()
+    assert again.published
+    manifest = json.loads((result.repository_dir / "manifest.json").read_text())
+    assert manifest["config"]["serve"]["http_port"] == 9000
+    assert manifest["config"]["target"] == "l4"
+
+
+def test_a_changed_published_file_is_made_anew(built: tuple[Path, RunResult]) -> None:
+    """Published files are hard links into the store, so a change there is a change here."""
+    root, result = built
+    weights = result.engine_dir / "rank0.weights"
+    good = weights.read_bytes()
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\xff\xff\xff")
+    manifest = json.loads((result.engine_dir / "manifest.json").read_text())
+    assert "run the build again" in str(damaged_files(result.engine_dir, manifest)[0])
+    again = _run(root / "tiny.yaml", root)
+    assert "build" in again.executed
+    assert weights.read_bytes() == good
+    manifest = json.loads((result.engine_dir / "manifest.json").read_text())
+    assert damaged_files(result.engine_dir, manifest) == []
+
+
+def test_weights_that_change_during_a_run_are_refused(tmp_path: Path) -> None:
+    config = write_build(tmp_path)
+    weights = tmp_path / "weights" / "model.safetensors"
+    original = weights.read_bytes()
+
+    class Meddler(Recorder):
+        def stage_starts(self, step: Step) -> Progress:
+            if step.stage.name == "convert":
+                weights.write_bytes(original[:-2000] + bytes(2000))
+            return SilentProgress()
+
+    with pytest.raises(StageError, match=r"model\.safetensors: changed while it was being read"):
+        _run(config, tmp_path, Meddler())
+    assert _visible(tmp_path) == set()
+    weights.write_bytes(original)
+    assert "convert" in _run(config, tmp_path).executed
+
+
 def test_explain_names_the_changed_field(built: tuple[Path, RunResult]) -> None:
     root, _ = built
     data = yaml.safe_load((root / "tiny.yaml").read_text())
@@ -226,41 +280,51 @@ def test_two_runs_at_once_make_everything_once(tmp_path: Path) -> None:
     assert _visible(tmp_path) == {"engines/tiny", "triton_repo/tiny"}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        (signal.SIGINT, "pipeline.stages.worker"),
+        (signal.SIGTERM, "pipeline.engine.worker"),
+        (signal.SIGKILL, "pipeline.engine.worker"),
+    ],
+)
 def test_an_interrupted_run_leaves_no_process_and_nothing_visible(
-    tmp_path: Path, how: signal.Signals
+    tmp_path: Path, how: signal.Signals, when: str
 ) -> None:
     config = write_build(tmp_path)
     process = _start(config, tmp_path)
     work = tmp_path / "engines" / ".store" / "work"
-    deadline = time.monotonic() + 60
-    while not (work.exists() and list(work.iterdir())) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while not _workers_in(tmp_path, when) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
-    if how is signal.SIGINT:
+    if how is not signal.SIGKILL:
         assert process.returncode == 130
         assert "interrupted" in errors
         assert not list(work.iterdir())
     assert _visible(tmp_path) == set()
     deadline = time.monotonic() + 30  # a worker that was still importing has to notice first
-    while tmp_path in _worker_directories() and time.monotonic() < deadline:
+    while _workers_in(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert tmp_path not in _worker_directories()
+    assert not _workers_in(tmp_path)
     assert set(_run(config, tmp_path).executed) >= {"verify", "serve"}
 
 
-def _worker_directories() -> list[Path]:
-    """Working directories of all stage workers alive."""
+def _workers_in(directory: Path, module: str = "pipeline.") -> list[str]:
+    """Command lines of all workers alive that were started in a directory."""
     return [
-        found for process in Path("/proc").glob("[0-9]*") if (found := _worker_directory(process))
+        command
+        for process in Path("/proc").glob("[0-9]*")
+        if (command := _worker_command(process, directory)) and module in command
     ]
 
 
-def _worker_directory(process: Path) -> Path | None:
+def _worker_command(process: Path, directory: Path) -> str | None:
     try:
-        if "pipeline.stages.worker" in (process / "cmdline").read_text():
-            return (process / "cwd").readlink()
+        command = (process / "cmdline").read_text()
+        if "worker" in command and (process / "cwd").readlink() == directory:
+            return command
     except OSError:  # it ended meanwhile
         pass
     return None

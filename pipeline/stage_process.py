@@ -1,0 +1,125 @@
+"""Runs one stage in a process group of its own, follows its progress, and brings back its result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.config import LoadedConfig
+from pipeline.errors import Problem, StageError, error_from_json
+from pipeline.progress import Progress
+from pipeline.stages.worker import Job
+from pipeline.store import LOG
+
+_LOG_TAIL_LINES = 12
+# Thread counts change the last bits of sums. They must not come from whatever shell a run starts in.
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OMP_THREAD_LIMIT",
+    "OMP_DYNAMIC",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+)
+
+
+def run_stage(
+    stage: str,
+    loaded: LoadedConfig,
+    inputs: Mapping[str, Path],
+    work_dir: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run a stage to its end; returns the facts that it reports.
+
+    Raises:
+        PipelineError: the stage's own error.
+        StageError: its process ended without a word: a bug, or a kill.
+    """
+    read_fd, write_fd = os.pipe()
+    log_path = work_dir / LOG
+    job = Job(
+        stage=stage,
+        loaded=loaded,
+        inputs=dict(inputs),
+        out_dir=work_dir,
+        log_path=log_path,
+        report_fd=write_fd,
+        parent_pid=os.getpid(),
+    )
+    with log_path.open("wb") as log, os.fdopen(read_fd) as pipe:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.stages.worker"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=(write_fd,),
+            text=True,
+            env=_environment(),
+            # Ctrl-C reaches the run alone, which then ends the whole group, compilers included.
+            start_new_session=True,
+        )
+        os.close(write_fd)
+        with _ended_as_a_group(child):
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it died at once; `_death` says how
+                child.stdin.write(job.model_dump_json())
+                child.stdin.close()
+            result = _follow(pipe, progress)
+            code = child.wait()
+    if result is None or (code != 0 and result["event"] == "done"):
+        raise StageError(_death(stage, code, log_path))
+    if result["event"] == "error":
+        raise error_from_json(result)
+    facts: dict[str, Any] = result["facts"]
+    return facts
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in _THREAD_VARIABLES}
+    # Threads that spin while they wait cost a factor of ten on a busy machine.
+    return {**kept, "OMP_WAIT_POLICY": "passive"}
+
+
+@contextlib.contextmanager
+def _ended_as_a_group(child: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _follow(pipe: TextIO, progress: Progress) -> dict[str, Any] | None:
+    """Pass progress on until the pipe closes; the last message if it is a result."""
+    handlers: dict[str, Callable[[dict[str, Any]], None]] = {
+        "start": lambda message: progress.start(message["total"], message["unit"]),
+        "advance": lambda message: progress.advance(message["note"]),
+        "say": lambda message: progress.say(message["text"]),
+    }
+    result = None
+    for line in pipe:
+        message: dict[str, Any] = json.loads(line)
+        handler = handlers.get(message["event"])
+        if handler is None:
+            result = message
+        else:
+            handler(message)
+    return result
+
+
+def _death(stage: str, code: int, log_path: Path) -> Problem:
+    cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    fix = ""
+    if code == -9:
+        fix = "usually the kernel ran out of memory: close other programs, or use a larger machine"
+    lines = log_path.read_text("utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    tail = "\n".join(f"    {line}" for line in lines)
+    return Problem(f"stage {stage}", f"{cause}; the end of its log:\n{tail}\n", fix=fix)
