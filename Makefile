@@ -7,15 +7,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-CONFIG := configs/$(MODEL).yaml
-OVERRIDE := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+# What people type reaches the shell as a variable, never as a piece of its program.
+export CONFIG := configs/$(MODEL).yaml
+export WEIGHTS
+OVERRIDE := $(if $(WEIGHTS),--weights "$$WEIGHTS")
 
 .PHONY: engine plan explain serve verify client test test-all lint format venv clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^# /!q;s/^# //p' Makefile
 
 venv: $(READY)
 
@@ -30,23 +32,23 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 engine: $(READY)
-	@$(BIN)/python -m pipeline run $(CONFIG) $(OVERRIDE)
+	@$(BIN)/python -m pipeline run "$$CONFIG" $(OVERRIDE)
 
 plan: $(READY)
-	@$(BIN)/python -m pipeline plan $(CONFIG) $(OVERRIDE)
+	@$(BIN)/python -m pipeline plan "$$CONFIG" $(OVERRIDE)
 
 explain: $(READY)
-	@$(BIN)/python -m pipeline explain $(CONFIG) $(OVERRIDE)
+	@$(BIN)/python -m pipeline explain "$$CONFIG" $(OVERRIDE)
 
 serve: $(READY)
-	@$(BIN)/python -m pipeline serve $(CONFIG)
+	@$(BIN)/python -m pipeline serve "$$CONFIG"
 
 verify: $(READY)
-	@$(BIN)/python -m pipeline verify $(CONFIG)
+	@$(BIN)/python -m pipeline verify "$$CONFIG"
 
-PROMPT ?= def main(argv):
+export PROMPT ?= def main(argv):
 client: $(READY)
-	@$(BIN)/python -m pipeline client $(CONFIG) "$(PROMPT)" --stream
+	@$(BIN)/python -m pipeline client "$$CONFIG" "$$PROMPT" --stream
 
 test: $(READY)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" --strict-skips

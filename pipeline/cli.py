@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pipeline
 from pipeline.errors import (
+    ConfigError,
     ExitCode,
     GateError,
     PipelineError,
     Problem,
     StageError,
+    error_to_json,
 )
 
 _Handler = Callable[[argparse.Namespace], int]
@@ -25,25 +28,31 @@ _Handler = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; every user error becomes a message and an exit code."""
-    options = _parser().parse_args(arguments)
-    handler: _Handler = options.handler
+    typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        options = _parser().parse_args(typed)
         with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-            return handler(options)
+            return int(options.handler(options))
     except PipelineError as error:
         from pipeline.console import print_error
 
         print_error(error)
-        if options.json:
-            problems = [vars(problem) for problem in error.problems]
-            _print_json({"error": type(error).__name__, "problems": problems})
+        if "--json" in typed:
+            _print_json(error_to_json(error))
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # `trtpipe plan | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `trtpipe plan | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.DONE)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like every other mistake, as text or as JSON."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(Problem(self.prog, message, fix=f"{self.prog} --help"))
 
 
 @contextlib.contextmanager
@@ -62,7 +71,7 @@ def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trtpipe", description=pipeline.__doc__)
+    parser = _Parser(prog="trtpipe", description=pipeline.__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_build_verb(
         verbs, "plan", _plan, "say what would happen, and every problem, without doing it"
@@ -132,9 +141,7 @@ def _workspace() -> Any:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from pipeline.console import print_error
+    from pipeline.console import print_error, stdout_console
     from pipeline.plan import make_plan
     from pipeline.render import plan_json, print_plan
 
@@ -143,7 +150,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(plan_json(plan))
     else:
-        print_plan(plan, workspace.store, Console(highlight=False))
+        print_plan(plan, _reasons(plan, workspace), stdout_console())
     try:
         plan.raise_problems()
     except PipelineError as error:  # already part of the JSON document
@@ -178,13 +185,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from pipeline.explain import explain
     from pipeline.plan import make_plan
 
     workspace = _workspace()
-    reasons = explain(
-        make_plan(_load(options), workspace.store, workspace.digests()), workspace.store
-    )
+    reasons = _reasons(make_plan(_load(options), workspace.store, workspace.digests()), workspace)
     if options.json:
         _print_json(reasons)
         return int(ExitCode.DONE)
@@ -193,6 +197,18 @@ def _explain(options: argparse.Namespace) -> int:
         for line in lines:
             print(f"    {line}")
     return int(ExitCode.DONE)
+
+
+def _reasons(plan: Any, workspace: Any) -> dict[str, list[str]]:
+    """Why each stage would run, compared with what is published under the plan's name, if anything."""
+    from pipeline.explain import explain
+
+    path = workspace.engines_dir / plan.loaded.config.name / "manifest.json"
+    try:
+        published = json.loads(path.read_text("utf-8"))["actions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        published = {}
+    return explain(plan, workspace.store, published)
 
 
 def _published(subject: Path, parent: str) -> tuple[Path, dict[str, Any]]:
@@ -226,11 +242,10 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(manifest)
         return int(ExitCode.DONE)
-    from rich.console import Console
-
+    from pipeline.console import stdout_console
     from pipeline.render import print_manifest
 
-    print_manifest(directory, manifest, Console(highlight=False))
+    print_manifest(directory, manifest, stdout_console())
     return int(ExitCode.DONE)
 
 

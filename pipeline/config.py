@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -139,6 +140,18 @@ class ServeConfig(_Section):
     http_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     grpc_port: Annotated[int, Field(ge=1, le=65535)] = 8001
     metrics_port: Annotated[int, Field(ge=1, le=65535)] = 8002
+
+    @field_validator("host")
+    @classmethod
+    def _host_is_an_address(cls, host: str) -> str:
+        if host != "localhost":
+            try:
+                ipaddress.ip_address(host)
+            except ValueError:
+                raise ValueError(
+                    f"{host!r} is no address; allowed: localhost, or an IP address such as 127.0.0.1"
+                ) from None
+        return host
 
     @model_validator(mode="after")
     def _ports_differ(self) -> ServeConfig:

@@ -27,6 +27,19 @@ from pipeline.progress import Progress
 _PLAIN_INTERVAL_S = 5.0
 
 
+class PipedConsole(Console):
+    """Standard output that may be a pipe whose reader has left: the caller decides what that means."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program with exit code 1."""
+        raise BrokenPipeError
+
+
+def stdout_console() -> Console:
+    """Console for results."""
+    return PipedConsole(highlight=False)
+
+
 def stderr_console() -> Console:
     """Console for everything that is not the result."""
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)

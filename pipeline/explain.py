@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from pipeline.plan import Plan, Step
+from pipeline.plan import Plan
 from pipeline.store import Action, Store
 
 
-def explain(plan: Plan, store: Store) -> dict[str, list[str]]:
-    """Why each stage would run: compared with the stored artifact that differs least; [] for a hit."""
+def explain(
+    plan: Plan, store: Store, published: Mapping[str, dict[str, Any]]
+) -> dict[str, list[str]]:
+    """Why each stage would run; [] for one that is up to date.
+
+    Args:
+        published: stage -> action of what stands under the plan's name; it is what a stage is compared
+            with. Without one, the stored artifact that differs least is.
+    """
     reasons: dict[str, list[str]] = {}
     for step in plan.steps:
-        if step.artifact is not None:
-            reasons[step.stage.name] = []
-        elif step.action is None:
-            reasons[step.stage.name] = ["its input is not known before it has been read"]
+        name = step.stage.name
+        if step.action is None:
+            reasons[name] = ["its input is not known before it has been read"]
+        elif step.artifact is not None:
+            reasons[name] = []
         else:
-            reasons[step.stage.name] = _reasons(step, store)
+            reasons[name] = _reasons(step.action, store, published.get(name))
+    reasons["publish"] = _publish_reasons(plan, published)
     return reasons
 
 
-def _reasons(step: Step, store: Store) -> list[str]:
-    assert step.action is not None
-    stored = store.actions_of(step.stage.name)
+def _publish_reasons(plan: Plan, published: Mapping[str, dict[str, Any]]) -> list[str]:
+    if not published:
+        return ["nothing is published under this name"]
+    other = [
+        step.stage.name
+        for step in plan.steps
+        if step.action is None or step.action.fields() != published.get(step.stage.name)
+    ]
+    return [f"what is published was made by another {', '.join(other)}"] if other else []
+
+
+def _reasons(action: Action, store: Store, published: dict[str, Any] | None) -> list[str]:
+    if published is not None and published != action.fields():
+        return differences(action, published)
+    stored = store.actions_of(action.stage)
     if not stored:
         return ["never made before"]
-    nearest = min((differences(step.action, manifest["action"]) for manifest in stored), key=len)
-    return nearest or ["its files are missing or damaged"]
+    nearest = min((differences(action, manifest["action"]) for manifest in stored), key=len)
+    return nearest or ["its files are missing or were changed"]
 
 
 def differences(action: Action, stored: dict[str, Any]) -> list[str]:

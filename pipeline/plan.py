@@ -67,7 +67,8 @@ class Plan:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """All of them; empty means that the build can start."""
-        return (*self.config_problems, *self.tool_problems, *self.checkpoint_problems)
+        every = (*self.config_problems, *self.tool_problems, *self.checkpoint_problems)
+        return tuple(dict.fromkeys(every))
 
     def raise_problems(self) -> None:
         """Raise all problems at once, if any.

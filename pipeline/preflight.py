@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -184,7 +185,6 @@ def _rank_problems(loaded: LoadedConfig) -> Iterator[Problem]:
                 loaded.where("mapping", name),
                 f"{size} ranks: engines of more than one rank are not built yet",
                 allowed="1",
-                fix="`trtpipe` converts checkpoints for any mapping, but builds and verifies one rank",
             )
 
 
@@ -222,7 +222,7 @@ def _at_its_key(loaded: LoadedConfig, problem: Problem) -> Problem:
 
 
 def _weight_problems(source_dir: Path, quantized: bool) -> Iterator[Problem]:
-    tokenizer_problem = missing_tokenizer(source_dir)
+    tokenizer_problem = missing_tokenizer(source_dir) or _broken_tokenizer(source_dir)
     if tokenizer_problem is not None:
         yield tokenizer_problem
     try:
@@ -232,3 +232,17 @@ def _weight_problems(source_dir: Path, quantized: bool) -> Iterator[Problem]:
         return
     if quantized:
         yield from dtype_problems(checkpoint)
+
+
+def _broken_tokenizer(source_dir: Path) -> Problem | None:
+    """tokenizer.json that is no JSON object with a model; other kinds are left to their libraries."""
+    path = source_dir / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        return Problem(str(path), f"is not JSON: {error}", fix="fetch it again")
+    if isinstance(fields, dict) and "model" in fields:
+        return None
+    return Problem(str(path), "holds no tokenizer model", fix="fetch it again")

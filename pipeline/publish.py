@@ -42,7 +42,8 @@ def damaged_files(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]
             )
     for path in list_files(directory):
         name = path.relative_to(directory).as_posix()
-        if name not in listed and name not in (MANIFEST, LOG):
+        is_cache = "__pycache__" in path.parts  # Python writes it beside a repository's model.py
+        if name not in listed and name not in (MANIFEST, LOG) and not is_cache:
             problems.append(Problem(str(path), "is not in the manifest", fix="move it away"))
     return problems
 

@@ -9,10 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from pipeline.console import bytes_text
-from pipeline.explain import explain
 from pipeline.plan import Plan
 from pipeline.preflight import Forecast
-from pipeline.store import Store
 from pipeline.targets import TARGETS
 
 
@@ -50,9 +48,9 @@ def _forecast_json(sizes: Forecast) -> dict[str, Any]:
     }
 
 
-def print_plan(plan: Plan, store: Store, console: Console) -> None:
-    """Stages with their state and reason, then sizes and memory."""
-    parts: list[RenderableType] = [_title(plan), _stage_table(plan, store)]
+def print_plan(plan: Plan, reasons: dict[str, list[str]], console: Console) -> None:
+    """Stages with their state and reason (see `explain`), then sizes and memory."""
+    parts: list[RenderableType] = [_title(plan), _stage_table(plan, reasons)]
     if plan.forecast is not None:
         parts.append(_size_table(plan, plan.forecast))
     if plan.forecast is None and not plan.problems:
@@ -78,8 +76,7 @@ def _title(plan: Plan) -> str:
     )
 
 
-def _stage_table(plan: Plan, store: Store) -> Table:
-    reasons = explain(plan, store)
+def _stage_table(plan: Plan, reasons: dict[str, list[str]]) -> Table:
     table = Table(show_edge=False, pad_edge=False)
     for column in ("stage", "reads", "state", "key", "why"):
         table.add_column(column, overflow="fold")

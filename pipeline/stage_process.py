@@ -122,4 +122,5 @@ def _death(stage: str, code: int, log_path: Path) -> Problem:
         fix = "usually the kernel ran out of memory: close other programs, or use a larger machine"
     lines = log_path.read_text("utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     tail = "\n".join(f"    {line}" for line in lines)
-    return Problem(f"stage {stage}", f"{cause}; the end of its log:\n{tail}\n", fix=fix)
+    log = f"the end of its log:\n{tail}\n" if lines else "its log is empty"
+    return Problem(f"stage {stage}", f"{cause}; {log}", fix=fix)

@@ -243,12 +243,16 @@ class Store:
             shutil.rmtree(final)
         work_dir.rename(final)
         sync(final.parent)
+        shutil.rmtree(self._failed_dir(action), ignore_errors=True)  # it explains nothing any more
         return Artifact(final, action.key, manifest)
+
+    def _failed_dir(self, action: Action) -> Path:
+        return self.root / "failed" / f"{action.stage}-{action.key[:16]}"
 
     def keep_failure(self, action: Action, patterns: tuple[str, ...]) -> Path:
         """Remove an action's work directory, if any; keep its top-level files that match."""
         work_dir = self.work_dir(action)
-        kept = self.root / "failed" / f"{action.stage}-{action.key[:16]}"
+        kept = self._failed_dir(action)
         evidence = [path for pattern in patterns for path in work_dir.glob(pattern)]
         if evidence:
             shutil.rmtree(kept, ignore_errors=True)

@@ -20,7 +20,7 @@ def support_markdown() -> str:
         [
             ("architectures", ", ".join(sorted(ARCHITECTURES))),
             ("formats", ", ".join(FORMATS)),
-            ("mapping", "tp 1, pp 1 (conversion alone: any legal tp and pp)"),
+            ("mapping", "tp 1, pp 1"),
         ],
     )
     names = sorted(BACKENDS)

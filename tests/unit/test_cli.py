@@ -116,6 +116,14 @@ def test_weights_that_do_not_exist(here: Path, capsys: pytest.CaptureFixture[str
     assert "no such directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_corrupt_tokenizer(here: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    config = write_build(here)
+    (here / "weights" / "tokenizer.json").write_text(content)
+    assert main(["plan", str(config)]) == 3
+    assert "tokenizer.json" in capsys.readouterr().err
+
+
 def test_corrupt_config_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_build(here)
     (here / "weights" / "config.json").write_text("{")
@@ -128,7 +136,20 @@ def test_an_unknown_verb_is_refused_by_the_parser() -> None:
         [sys.executable, "-m", "pipeline", "biuld"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "invalid choice: 'biuld'" in done.stderr
+    assert "error: trtpipe: argument VERB: invalid choice: 'biuld'" in done.stderr
+
+
+def test_a_wrong_command_line_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "ConfigError"
+
+
+def test_a_reader_that_leaves_is_no_error(here: Path) -> None:
+    config = write_build(here)
+    command = f"{sys.executable} -m pipeline plan {config} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("tiny: fp16")
 
 
 def test_the_support_section_of_the_readme_is_made_from_the_code() -> None:

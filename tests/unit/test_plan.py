@@ -259,7 +259,8 @@ def test_synthetic_is_planned_without_weights(tmp_path: Path) -> None:
 
 def test_explain_before_anything_was_made(build: Path, tmp_path: Path) -> None:
     plan = _plan(build, tmp_path)
-    reasons = explain(plan, Workspace(tmp_path).store)
+    reasons = explain(plan, Workspace(tmp_path).store, {})
+    assert reasons.pop("publish") == ["nothing is published under this name"]
     assert set(map(tuple, reasons.values())) == {("never made before",)}
 
 

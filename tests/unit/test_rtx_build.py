@@ -111,6 +111,19 @@ def test_an_fp16_engine_holds_every_weight(fp16: Built) -> None:
     assert facts.proven_bytes / facts.weight_bytes > 0.99
 
 
+@pytest.mark.parametrize(
+    ("target", "sm"), [("a100-80gb", 80), ("rtx3090", 86), ("l4", 89), ("rtx5090", 120)]
+)
+@pytest.mark.parametrize("quantized", [True, False], ids=["int4", "fp16"])
+def test_every_compute_capability_of_the_support_table(
+    tmp_path: Path, target: str, sm: int, quantized: bool
+) -> None:
+    built = build(quantized, tmp_path, target)
+    assert read_header(built.plan).sms == (sm,)
+    assert built.facts.num_fused_attention == 2
+    assert built.facts.num_fused_int4 == (10 if quantized else 0)
+
+
 def test_the_header_names_the_target(tmp_path: Path) -> None:
     built = build(True, tmp_path, target="rtx5090")
     version = built.facts.compiler.removeprefix("tensorrt_rtx ")

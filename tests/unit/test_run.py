@@ -151,7 +151,7 @@ def test_explain_names_the_changed_field(built: tuple[Path, RunResult]) -> None:
     (root / "three.yaml").write_text(yaml.safe_dump(data))
     workspace = Workspace(root)
     plan = make_plan(load_config(root / "three.yaml"), workspace.store, workspace.digests())
-    reasons = explain(plan, workspace.store)
+    reasons = explain(plan, workspace.store, {})
     assert reasons["convert"] == []
     assert reasons["build"] == ["config.max_batch_size: 2 -> 3"]
     assert len(reasons["verify"]) == 1
