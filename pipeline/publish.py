@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import GateError, Problem
+from pipeline.hardlink import link_or_copy
 from pipeline.store import (
     LOG,
     MANIFEST,
@@ -59,10 +60,7 @@ def link_tree(source: Path, destination: Path) -> None:
             continue
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path.resolve(), target)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(path, target)
+        link_or_copy(path, target)
 
 
 def publish(fill: Callable[[Path], None], destination: Path, *, manifest: dict[str, Any]) -> None:

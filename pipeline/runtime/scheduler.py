@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from collections import deque
 from typing import Protocol
@@ -10,6 +12,8 @@ from pipeline.errors import PipelineError, Problem, StageError
 from pipeline.runtime.generation import Generation, TokenEvent
 from pipeline.runtime.requests import PreparedRequest
 from pipeline.runtime.session import Session
+
+_LOG = logging.getLogger(__name__)  # without other settings errors go to standard error
 
 
 class Sink(Protocol):
@@ -83,9 +87,22 @@ class Scheduler:
             while not (self._stopping or self._inbox or self._running):
                 self._changed.wait()
             while self._inbox:
-                request, sink = self._inbox.popleft()
-                self._running.append((self._session.submit(request), sink))
+                # Taken out of the inbox only when it is in the other list, or was told that it failed.
+                self._admit(*self._inbox[0])
+                self._inbox.popleft()
             return not self._stopping
+
+    def _admit(self, request: PreparedRequest, sink: Sink) -> None:
+        try:
+            generation = self._session.submit(request)
+        # Any bug that this request has found is no reason to end the others.
+        except Exception:  # noqa: BLE001
+            _LOG.exception("a request could not be started")
+            sink.fail(
+                StageError(Problem("scheduler", "an unexpected error", fix="see the server's log"))
+            )
+            return
+        self._running.append((generation, sink))
 
     def _cancel_abandoned(self) -> None:
         # A request that waits for a slot is asked when it gets one: asking thousands takes long.
@@ -108,5 +125,6 @@ class Scheduler:
             self._ended = error
             sinks = [sink for _, sink in (*self._running, *self._inbox)]
             self._running, self._inbox = [], deque()
-        for sink in sinks:
-            sink.fail(error)
+        with contextlib.ExitStack() as calls:  # makes every call, also after one that raises
+            for sink in reversed(sinks):
+                calls.callback(sink.fail, error)

@@ -149,6 +149,10 @@ class Session:
     def _release_ended(self) -> None:
         for generation in self._active:
             if generation.has_ended and generation.slot is not None:
+                # Always, not only after an error: a prompt that is cancelled half-way may have left
+                # NaN, too, and nobody has looked at its logits. One position more than was counted:
+                # an idle row writes there while others decode.
+                self._cache.clear(generation.slot, generation.num_cached + 1)
                 bisect.insort(self._free_slots, generation.slot)
                 generation.slot = None
         self._active = [generation for generation in self._active if not generation.has_ended]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import ServeConfig
-from pipeline.serving.client import AskOptions, Protocol, ask
+from pipeline.errors import Problem, StageError
+from pipeline.serving.client import AskOptions, Protocol, ask, decode_text
 from pipeline.serving.ports import Ports
 from pipeline.serving.server import TritonServer, serve_until_stopped
 
@@ -22,6 +24,10 @@ def serve(repository_dir: Path, model_name: str, config: ServeConfig, *, as_json
         ToolError: a port is taken, or tritonserver is missing.
         StageError: the server could not load the model, or ended by itself.
     """
+    if not (repository_dir / model_name / "config.pbtxt").is_file():
+        fix = f"trtpipe serve triton_repo/{repository_dir.name}"
+        what = f"is no model repository with a model {model_name!r}"
+        raise StageError(Problem(str(repository_dir), what, fix=fix))
     ports = Ports(config.http_port, config.grpc_port, config.metrics_port)
     log_path = repository_dir.parent / ".logs" / f"{repository_dir.name}.log"
     log_path.parent.mkdir(exist_ok=True)
@@ -35,11 +41,12 @@ def serve(repository_dir: Path, model_name: str, config: ServeConfig, *, as_json
         print(text, flush=True)
 
     serve_until_stopped(server, on_ready)
-    print("stopped", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone: that stops a server, too
+        print("stopped", file=sys.stderr)
 
 
 def ask_and_print(
-    prompt: str,
+    prompt: bytes,
     model_name: str,
     config: ServeConfig,
     *,
@@ -52,18 +59,20 @@ def ask_and_print(
 
     Raises:
         ToolError: no server answers.
-        RequestError: the server found the request wrong.
+        RequestError: the prompt is not UTF-8, or the server found the request wrong.
+        StageError: the server failed, or the answer broke off.
     """
+    asked = decode_text("prompt", prompt)
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = (
         f"http://{host}:{config.http_port}" if protocol == "http" else f"{host}:{config.grpc_port}"
     )
     text, last = "", None
-    for piece in ask(url, protocol, prompt, model=model_name, options=options, stream=stream):
+    for piece in ask(url, protocol, asked, model=model_name, options=options, stream=stream):
         text, last = text + piece.text, piece
         if not as_json:
             print(piece.text, end="", flush=True)
-    assert last is not None, "an answer has at least one piece"
+    assert last is not None, "ask has raised if there was no piece"
     facts = {
         "finish_reason": last.finish_reason,
         "num_input_tokens": last.num_input_tokens,

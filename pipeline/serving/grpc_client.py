@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from pipeline.errors import PipelineError, Problem, RequestError, StageError, ToolError
-from pipeline.serving.answer import Piece, not_reachable, piece_from
+from pipeline.serving.answer import Piece, broke_off, is_server_fault, not_reachable, piece_from
 from pipeline.serving.model_config import DataType
 from pipeline.serving.repository import INPUTS
 
-# Errors in a stream carry a text but no status. The header `triton_grpc_error` would add one, but it
-# crashes server 2.51 (segmentation fault within a few wrong requests), so the text must tell.
-_SERVER_FAULTS = ("Stub process", "internal error")
 # A proxy of the environment would get in the way of a server on this machine or network.
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
@@ -29,7 +26,7 @@ _DATA_TYPES = {tensor.name: tensor.data_type for tensor in INPUTS}
 
 def ask_grpc(
     url: str, model: str, prompt: str | bytes, fields: dict[str, Any], *, timeout_s: float
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """See `pipeline.serving.client.ask`. `fields` are the inputs besides the prompt."""
     grpc, service_pb2, service_pb2_grpc = _import_grpc()
     address = url.rpartition("://")[2].rstrip("/")
@@ -40,12 +37,16 @@ def ask_grpc(
     with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         call = stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
+        began = False
         try:
             for response in call:
+                began = True
                 if response.error_message:
                     raise _refusal(address, response.error_message)
                 yield piece_from(_outputs(response.infer_response))
         except grpc.RpcError as error:
+            if began and error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise broke_off(address, error.details()) from error
             raise _rpc_error(grpc, address, error, timeout_s) from error
         finally:
             call.cancel()
@@ -86,7 +87,9 @@ def _outputs(response: Any) -> dict[str, Any]:
 
 
 def _refusal(address: str, reason: str) -> RequestError | StageError:
-    kind = StageError if reason.startswith(_SERVER_FAULTS) else RequestError
+    # Errors in a stream carry a text but no status. The header `triton_grpc_error` would add one, but
+    # it crashes server 2.51 (segmentation fault within a few wrong requests), so the text must tell.
+    kind = StageError if is_server_fault(reason) else RequestError
     return kind(Problem(f"{address} answers", reason))
 
 

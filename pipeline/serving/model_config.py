@@ -7,7 +7,6 @@ number, instead of in the log of a server that does not start.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from enum import Enum
 from typing import Annotated, Any
@@ -15,8 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.errors import GateError, Problem, ToolError
-
-NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+from pipeline.names import MODEL_NAME
 
 
 class DataType(str, Enum):
@@ -71,7 +69,7 @@ class ModelConfig(_Message):
 
     @model_validator(mode="after")
     def _is_servable(self) -> ModelConfig:
-        if not NAME_PATTERN.match(self.name):
+        if not MODEL_NAME.fullmatch(self.name):
             raise ValueError(f"model name {self.name!r}; allowed: letters, digits, . _ -")
         counts = Counter(tensor.name for tensor in (*self.inputs, *self.outputs))
         repeated = [name for name, count in counts.items() if count > 1]

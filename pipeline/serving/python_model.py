@@ -7,13 +7,14 @@ inside Triton's stub process only, which provides `triton_python_backend_utils`.
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pipeline.errors import PipelineError, Problem, RequestError
+from pipeline.errors import PipelineError, Problem, RequestError, StageError
 from pipeline.runtime.generation import FinishReason, TokenEvent
 from pipeline.runtime.requests import GenerationRequest
 from pipeline.runtime.scheduler import Scheduler
@@ -47,6 +48,13 @@ class TritonPythonModel:
                 self._queue(request, sender)
             except PipelineError as error:
                 _send_error(sender, error)
+            # A bug: its request gets an answer, too, and so do those after it.
+            except Exception:  # noqa: BLE001
+                pb_utils.Logger.log_error(traceback.format_exc())
+                problem = Problem(
+                    "server", "an unexpected error in this request", fix="see the server's log"
+                )
+                _send_error(sender, StageError(problem))
 
     def finalize(self) -> None:
         """Triton has waited for the running requests already; end the thread."""

@@ -16,15 +16,14 @@ the answer unless `exclude_input_in_output` is false.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import GateError, PlanError, Problem
+from pipeline.hardlink import link_or_copy
+from pipeline.names import MODEL_NAME
 from pipeline.serving.model_config import (
-    NAME_PATTERN,
     DataType,
     ModelConfig,
     TensorConfig,
@@ -161,7 +160,7 @@ def _check_engine(engine_dir: Path) -> dict[str, Any]:
 
 def _check_options(options: RepositoryOptions, engine_config: dict[str, Any]) -> None:
     problems = []
-    if not NAME_PATTERN.match(options.model_name):
+    if not MODEL_NAME.fullmatch(options.model_name):
         problems.append(
             Problem("model name", repr(options.model_name), "letters, digits, and . _ - inside")
         )
@@ -185,11 +184,4 @@ def _link_engine(engine_dir: Path, out_dir: Path) -> None:
     sources = [engine_dir / name for name in ENGINE_FILES if "/" not in name]
     (out_dir / "tokenizer").mkdir(parents=True)
     for source in (*sources, *tokenizer_files):
-        _link_or_copy(source, out_dir / source.relative_to(engine_dir))
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+        link_or_copy(source, out_dir / source.relative_to(engine_dir))

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
@@ -70,6 +71,7 @@ class TritonServer:
         self.shm_prefix = f"trtpipe_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: subprocess.Popen[bytes] | None = None
         self._stop_requested = threading.Event()
+        self._has_answered = False
 
     @property
     def http_url(self) -> str:
@@ -128,6 +130,7 @@ class TritonServer:
             self._raise_if_ended()
             if self._is_ready():
                 self._ask_once(deadline - time.monotonic())
+                self._has_answered = True
                 return
             time.sleep(POLL_S)
         raise StageError(
@@ -158,10 +161,11 @@ class TritonServer:
     def stop(self) -> None:
         """End the server and everything it left; running requests get `drain_s` to finish.
 
+        Before `wait_until_answers` has returned nobody but us can be waiting: it is ended at once.
         Safe to call at any time and more than once. Interrupted by Ctrl-C, it ends everything at once.
         """
         try:
-            if self._process is not None and self._process.poll() is None:
+            if self._has_answered and self._process is not None and self._process.poll() is None:
                 self._process.terminate()
                 # Unloading takes the server a few seconds on top.
                 self._process.wait(timeout=self._drain_s + 10)
@@ -214,16 +218,23 @@ class TritonServer:
         return client.is_ready(self.http_url, self.model_name)
 
     def _ask_once(self, timeout_s: float) -> None:
+        answer = client.ask(
+            self.http_url,
+            "http",
+            "Hello",
+            model=self.model_name,
+            options=client.AskOptions(max_tokens=1),
+            timeout_s=timeout_s,
+        )
+        # In a thread of its own, so that a stop or the server's end is noticed meanwhile; what is left
+        # of it then ends with the connection, when the server is stopped.
+        pool = ThreadPoolExecutor(1)
+        asking = pool.submit(list, answer)
+        pool.shutdown(wait=False)
+        while not wait([asking], POLL_S).done:
+            self._raise_if_ended()
         try:
-            for _ in client.ask(
-                self.http_url,
-                "http",
-                "Hello",
-                model=self.model_name,
-                options=client.AskOptions(max_tokens=1),
-                timeout_s=timeout_s,
-            ):
-                pass
+            asking.result()
         except PipelineError as error:
             self._raise_if_ended()
             raise StageError(
@@ -256,9 +267,10 @@ class TritonServer:
 
 
 def serve_until_stopped(server: TritonServer, on_ready: Callable[[], None]) -> None:
-    """Start `server`, call `on_ready` once it has answered, and serve until Ctrl-C or SIGTERM.
+    """Start `server`, call `on_ready` once it has answered, and serve until Ctrl-C, SIGTERM or SIGHUP.
 
-    Both signals stop it cleanly at any moment, also while it starts; a second one does so at once.
+    Each stops it cleanly at any moment, also while it starts; a second Ctrl-C or SIGTERM does so at
+    once. SIGHUP comes when the terminal is closed; started with `nohup`, the server outlives that.
     To be called from the main thread.
 
     Raises:
@@ -278,16 +290,20 @@ def serve_until_stopped(server: TritonServer, on_ready: Callable[[], None]) -> N
 
 @contextlib.contextmanager
 def _stop_on_signals(server: TritonServer) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for a stop; the second one interrupts the stop itself."""
+    """Signals ask for a stop; a second SIGINT or SIGTERM interrupts the stop itself."""
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        if server.stop_requested:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        # A closed terminal sends SIGHUP twice, once by the kernel and once by the shell.
+        if server.stop_requested and number != signal.SIGHUP:
             raise KeyboardInterrupt
         server.request_stop()
 
     # A flag instead of an exception: an exception between the start of the process and the note of
     # its id would leave it running.
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else: nohup
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,3 +203,33 @@ def test_something_else_than_triton(server: TritonServer) -> None:
 def test_unknown_protocol() -> None:
     with pytest.raises(RequestError, match="protocol: 'ftp'; allowed: http or grpc"):
         list(ask("x", "ftp", "x", model=MODEL))  # type: ignore[arg-type]
+
+
+_BUG = """
+queue = TritonPythonModel._queue
+
+def queue_with_a_bug(self, request, sender):
+    if b"boom" in request_text(request):
+        raise ZeroDivisionError("a bug")
+    queue(self, request, sender)
+
+def request_text(request):
+    import triton_python_backend_utils as pb_utils
+    return pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy().reshape(-1)[0]
+
+TritonPythonModel._queue = queue_with_a_bug
+"""
+
+
+def test_a_bug_answers_its_request(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    with (copy / MODEL / "1" / "model.py").open("a") as model:
+        model.write(_BUG)
+    with TritonServer(copy, MODEL, ports=free_ports(), drain_s=2) as buggy:
+        buggy.start()
+        buggy.wait_until_answers(timeout_s=120)
+        for protocol, url in (("http", buggy.http_url), ("grpc", buggy.grpc_url)):
+            with pytest.raises(StageError, match="server: an unexpected error in this request"):
+                list(ask(url, protocol, "boom", model=MODEL, timeout_s=20))
+        assert list(ask(buggy.grpc_url, "grpc", "x", model=MODEL))[-1].finish_reason == "length"
+        assert "ZeroDivisionError: a bug" in buggy.log_path.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 from pipeline.errors import StageError, ToolError
 from pipeline.serving.client import AskOptions, ask
 from pipeline.serving.ports import Ports, check_ports, free_ports
-from pipeline.serving.process_group import members
+from pipeline.serving.process_group import end_group, members
 from pipeline.serving.server import SHARED_MEMORY, TritonServer
 from tests.triton.conftest import MODEL
 
@@ -83,7 +84,7 @@ serve_until_stopped(server, lambda: print("ready", flush=True))
 
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGTERM, "ready"), (signal.SIGINT, "group")],
+    [(signal.SIGTERM, "ready"), (signal.SIGHUP, "ready"), (signal.SIGINT, "group")],
 )
 def test_signals_stop_it_cleanly(repository: Path, number: signal.Signals, moment: str) -> None:
     ports = free_ports()
@@ -97,13 +98,87 @@ def test_signals_stop_it_cleanly(repository: Path, number: signal.Signals, momen
     assert process.stdout is not None
     match = re.fullmatch(r"group (\d+) (\w+)\n", process.stdout.readline())
     assert match is not None, process.communicate()
-    if moment == "ready":
-        assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (0, "")
-    assert members(int(match[1])) == []
-    assert _regions(match[2]) == []
+    try:
+        if moment == "ready":
+            assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
+        _assert_no_trace(int(match[1]), match[2])
+    finally:
+        process.kill()
+        end_group(int(match[1]))
+
+
+_SLOW_EXECUTE = """
+import time
+from pathlib import Path
+
+def execute(self, requests):
+    Path(__file__).with_name("asked").touch()
+    time.sleep(60)
+
+TritonPythonModel.execute = execute
+"""
+
+
+def test_ctrl_c_does_not_wait_for_the_first_answer(repository: Path, tmp_path: Path) -> None:
+    slow = Path(shutil.copytree(repository, tmp_path / "slow"))
+    version_dir = slow / MODEL / "1"
+    with (version_dir / "model.py").open("a") as model:
+        model.write(_SLOW_EXECUTE)
+    arguments = [str(port) for _, port in free_ports().named()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, str(slow), MODEL, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    match = re.fullmatch(r"group (\d+) (\w+)\n", process.stdout.readline())
+    assert match is not None, process.communicate()
+    try:
+        deadline = time.monotonic() + 60
+        while not (version_dir / "asked").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - begin < 10  # observed 0.3 s; the model sleeps 60 s
+        assert (process.returncode, errors) == (0, "")
+        _assert_no_trace(int(match[1]), match[2])
+    finally:
+        process.kill()
+        end_group(int(match[1]))
+
+
+_SERVE_COMMAND = """
+import sys
+from pathlib import Path
+from pipeline.config import ServeConfig
+from pipeline.serving.command import serve
+
+http, grpc, metrics = map(int, sys.argv[3:])
+config = ServeConfig(http_port=http, grpc_port=grpc, metrics_port=metrics)
+serve(Path(sys.argv[1]), sys.argv[2], config, as_json=False)
+"""
+
+
+def test_closing_the_terminal_ends_the_command_and_the_server(repository: Path) -> None:
+    ports = free_ports()
+    arguments = [str(port) for _, port in ports.named()]
+    command = [sys.executable, "-c", _SERVE_COMMAND, str(repository), MODEL, *arguments]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(command[0], command)
+    shown = b""
+    while b"flush=True)" not in shown:  # the end of what it prints
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    check_ports("127.0.0.1", ports)  # nobody listens there any more
 
 
 def test_running_streams_are_finished_before_the_end(repository: Path) -> None:

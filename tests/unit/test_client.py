@@ -1,9 +1,12 @@
-"""The HTTP client against servers that misbehave (right answers: tests/triton)."""
+"""The client against servers that misbehave (right answers: tests/triton)."""
 
 from __future__ import annotations
 
 import json
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +16,9 @@ import pytest
 
 from pipeline.errors import PipelineError, RequestError, StageError, ToolError
 from pipeline.serving.answer import Piece, piece_from
-from pipeline.serving.client import AskOptions, ask, is_ready
+from pipeline.serving.client import AskOptions, Protocol, ask, is_ready
 
+LAST = b'{"text_output": "last", "finish_reason": "stop"}'
 Reply = Callable[[BaseHTTPRequestHandler, dict[str, object]], None]
 
 
@@ -78,7 +82,7 @@ def test_only_what_is_set_is_sent(replying: Callable[[Reply], str]) -> None:
 
     def reply(handler: BaseHTTPRequestHandler, body: dict[str, object]) -> None:
         seen.append(body)
-        _send(200, b'{"text_output": ""}')(handler, body)
+        _send(200, LAST)(handler, body)
 
     url = replying(reply)
     list(ask(url, "http", "ü".encode(), model="m"))
@@ -105,6 +109,7 @@ def test_only_what_is_set_is_sent(replying: Callable[[Reply], str]) -> None:
     [
         (400, b'{"error": "top_p: 2"}', RequestError, "answers 400: top_p: 2"),
         (400, b'data: {"error": "top_p: 2"}\n\n', RequestError, "answers 400: top_p: 2"),
+        (400, b'{"error": "internal error: boo"}', StageError, "answers 400: internal error: boo"),
         (404, b"", RequestError, "answers 404: Not Found"),
         (500, b'{"error": "boo"}', StageError, "answers 500: boo"),
         (500, b"<html>no Triton", StageError, "not an answer of Triton: b'<html>no Triton'"),
@@ -147,6 +152,137 @@ def test_a_connection_that_breaks(replying: Callable[[Reply], str]) -> None:
         _ask(replying(reply))
 
 
+_CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+_PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n"
+_EVENT = b'data: {"text_output": "a"}\n\n'
+
+
+def _cut_after(listener: socket.socket, sent: bytes, *, resets: bool) -> None:
+    """Answer one request with `sent`, then end the connection, politely or as a killed server does."""
+    connection, _ = listener.accept()
+    with connection:
+        request = b""
+        while not request.endswith(b"}"):
+            request += connection.recv(65536)
+        connection.sendall(sent)
+        if resets:
+            time.sleep(0.2)  # a reset throws away what the client has not read
+            no_linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize(
+    ("sent", "texts"),
+    [
+        (_CHUNKED + b"1c\r\n" + _EVENT + b"\r\n", ["a"]),  # without the final chunk
+        (_CHUNKED + b"1c\r\n" + _EVENT + b"\r\n0\r\n\r\n", ["a"]),  # whole, but says no end
+        (_CHUNKED + b"40\r\n" + _EVENT, []),  # within a chunk; http.client may drop its part
+        (_CHUNKED + b"0\r\n\r\n", []),
+        (_PLAIN + _EVENT, ["a"]),
+        (_PLAIN, []),
+        (_PLAIN.replace(b"200 OK", b"500 No"), []),  # within an error
+    ],
+)
+def test_an_answer_that_breaks_off(sent: bytes, texts: list[str], resets: bool) -> None:
+    pieces: list[Piece] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(
+            target=_cut_after, args=(listener, sent), kwargs={"resets": resets}
+        )
+        thread.start()
+        with pytest.raises(StageError) as caught:
+            pieces.extend(ask(url, "http", "x", model="m", stream=True, timeout_s=5.0))
+        thread.join()
+    assert str(caught.value).startswith(f"{url}: the answer broke off: ")
+    assert [piece.text for piece in pieces][: len(texts)] == texts
+    assert all(piece.finish_reason is None for piece in pieces)
+
+
+_GRPC_SERVER = """
+import os, sys, time
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    def ModelStreamInfer(self, requests, context):
+        next(requests)
+        for number in range(int(sys.argv[1])):
+            answer = service_pb2.ModelInferResponse()
+            answer.outputs.add(name="text_output", datatype="BYTES", shape=[1, 1])
+            answer.raw_output_contents.append(b"\\1\\0\\0\\0a")
+            yield service_pb2.ModelStreamInferResponse(infer_response=answer)
+        if sys.argv[2] == "dies":
+            time.sleep(0.3)
+            os._exit(1)
+
+server = grpc.server(ThreadPoolExecutor(1))
+service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(), server)
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_pieces", "end"), [(0, "politely"), (2, "politely"), (2, "dies")], ids=str
+)
+def test_an_answer_over_grpc_that_breaks_off(num_pieces: int, end: str) -> None:
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
+    server = subprocess.Popen(
+        [sys.executable, "-c", _GRPC_SERVER, str(num_pieces), end],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    pieces: list[Piece] = []
+    try:
+        assert server.stdout is not None
+        url = f"127.0.0.1:{int(server.stdout.readline())}"
+        with pytest.raises(StageError) as caught:
+            pieces.extend(ask(url, "grpc", "x", model="m", stream=True, timeout_s=20.0))
+    finally:
+        server.kill()
+        server.communicate()
+    assert str(caught.value).startswith(f"{url}: the answer broke off: ")
+    assert pieces == [Piece("a")] * num_pieces
+
+
+WRONG_OPTIONS = [
+    (
+        AskOptions(max_tokens=2**31, top_k=-(2**31) - 1, seed=-1),
+        [
+            "max_tokens: 2147483648; allowed: -2147483648 to 2147483647",
+            "top_k: -2147483649; allowed: -2147483648 to 2147483647",
+            "seed: -1; allowed: 0 to 18446744073709551615",
+        ],
+    ),
+    (AskOptions(seed=2**64), ["seed: 18446744073709551616; allowed: 0 to 18446744073709551615"]),
+    (
+        AskOptions(stop_words=("a", "\udcff")),
+        ["stop_words, number 2: it has a lone surrogate; allowed: valid Unicode text"],
+    ),
+]
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize(("options", "problems"), WRONG_OPTIONS)
+def test_what_has_no_form_on_the_wire(
+    protocol: Protocol, options: AskOptions, problems: list[str]
+) -> None:
+    """Found before anything is sent: there is no server."""
+    with pytest.raises(RequestError) as caught:
+        list(ask("127.0.0.1:9", protocol, "x", model="m", options=options))
+    assert str(caught.value).splitlines() == problems
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_prompt_that_is_not_unicode(protocol: Protocol) -> None:
+    with pytest.raises(RequestError, match=r"^prompt: it has a lone surrogate; allowed: valid"):
+        list(ask("127.0.0.1:9", protocol, "a\udcff", model="m"))
+
+
 def test_a_server_that_keeps_silent(replying: Callable[[Reply], str]) -> None:
     def reply(handler: BaseHTTPRequestHandler, _body: dict[str, object]) -> None:
         time.sleep(1.5)
@@ -170,7 +306,7 @@ def test_the_proxy_of_the_environment_is_not_used(
     replying: Callable[[Reply], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert _ask(replying(_send(200, b'{"text_output": "direct"}')))[0].text == "direct"
+    assert _ask(replying(_send(200, LAST)))[0].text == "last"
 
 
 def test_nobody_there() -> None:

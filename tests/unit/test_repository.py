@@ -138,6 +138,14 @@ def test_wrong_options_are_all_listed(engine_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "repository").exists()
 
 
+def test_a_newline_after_the_model_name_is_no_part_of_it(engine_dir: Path, tmp_path: Path) -> None:
+    options = RepositoryOptions(model_name="demo\n")
+    with pytest.raises(PlanError, match=r"model name: 'demo\\n'; allowed: letters, digits"):
+        emit_repository(engine_dir, tmp_path / "repository", options)
+    with pytest.raises(ValueError, match=r"model name 'demo\\n'"):
+        text_model_config(options)
+
+
 def test_a_config_that_does_not_read_back_is_refused(
     engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

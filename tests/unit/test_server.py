@@ -16,7 +16,7 @@ from pipeline.errors import StageError, ToolError
 from pipeline.serving import tritonserver_files
 from pipeline.serving.ports import Ports, check_ports, free_ports
 from pipeline.serving.process_group import end_group, members
-from pipeline.serving.server import TritonServer, serve_until_stopped
+from pipeline.serving.server import TritonServer, _stop_on_signals, serve_until_stopped
 from pipeline.serving.server_log import explain, tail
 from pipeline.serving.tritonserver_files import find_triton
 
@@ -167,6 +167,25 @@ def test_an_error_before_the_start_restores_the_signals(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="it has no model"):
         serve_until_stopped(TritonServer(tmp_path, "demo"), lambda: None)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_server_under_nohup_ignores_the_end_of_the_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stop_on_signals(TritonServer(tmp_path, "demo")):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_second_sighup_does_not_interrupt_the_stop(tmp_path: Path) -> None:
+    server = TritonServer(tmp_path, "demo")
+    with _stop_on_signals(server):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert server.stop_requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

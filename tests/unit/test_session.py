@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from pipeline.errors import (
@@ -21,10 +23,12 @@ from pipeline.errors import (
 from pipeline.network import BuildLimits
 from pipeline.runtime.generation import FinishReason, TokenEvent
 from pipeline.runtime.requests import GenerationRequest
+from pipeline.runtime.sampling import SamplingOptions
 from pipeline.runtime.scheduler import Scheduler
 from pipeline.runtime.session import Session
 from tests.triton.tiny_engine import build_tiny_engine
 
+POISON = 3  # a token id
 LIMITS = BuildLimits(max_batch_size=3, max_seq_len=128, max_input_len=64)
 PROMPTS = ["The quick brown fox", "Grüße", "def add(left, right):\n    return left", "日本語"]
 
@@ -266,10 +270,47 @@ def test_an_engine_that_computes_nonsense(nan_engine: Path) -> None:
     assert session.num_active == 0
 
 
-class Collector:
-    """A sink that remembers; `broken` makes it fail as a bug would."""
+@pytest.fixture(scope="module")
+def poisoned_engine(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same engine, but the embedding of token POISON is NaN."""
+    copy = Path(shutil.copytree(engine_dir, tmp_path_factory.mktemp("poison") / "engine"))
+    graph = onnx.load(copy / "rank0.onnx", load_external_data=False).graph
+    table = next(node.input[0] for node in graph.node if node.op_type == "Gather")
+    (embedding,) = (one for one in graph.initializer if one.name == table)
+    place = {entry.key: entry.value for entry in embedding.external_data}
+    num_tokens, row_bytes = embedding.dims[0], int(place["length"]) // embedding.dims[0]
+    assert num_tokens > POISON
+    with (copy / "rank0.weights").open("r+b") as weights:
+        weights.seek(int(place["offset"]) + POISON * row_bytes)
+        weights.write(b"\xff" * row_bytes)
+    return copy
 
-    def __init__(self, *, broken: bool = False) -> None:
+
+def test_a_slot_is_usable_after_logits_that_were_not_finite(
+    poisoned_engine: Path, transformers_ids: dict[str, list[int]]
+) -> None:
+    session = Session(poisoned_engine, num_slots=1)
+    with pytest.raises(StageError, match="engine: the largest logit is nan"):
+        _run(session, (7,) * 40 + (POISON,))
+    assert _ids(_run(session, PROMPTS[0])) == transformers_ids[PROMPTS[0]]
+
+
+def test_a_slot_is_usable_after_a_poisoned_prompt_was_cancelled(
+    poisoned_engine: Path, transformers_ids: dict[str, list[int]]
+) -> None:
+    """Its logits were never looked at, so no error tells of the NaN in the cache."""
+    session = Session(poisoned_engine, num_slots=1, prefill_chunk=32)
+    generation = session.submit(session.prepare(GenerationRequest((POISON,) * 64, max_tokens=1)))
+    session.step()
+    assert not generation.is_prefilled
+    session.cancel(generation)
+    assert _ids(_run(session, PROMPTS[0])) == transformers_ids[PROMPTS[0]]
+
+
+class Collector:
+    """A sink that remembers; `broken` makes `send` or `fail` raise as a bug would."""
+
+    def __init__(self, *, broken: str = "") -> None:
         self.events: list[TokenEvent] = []
         self.error: PipelineError | None = None
         self.cancelled = False
@@ -281,7 +322,7 @@ class Collector:
         return self.cancelled
 
     def send(self, event: TokenEvent) -> None:
-        if self._broken:
+        if self._broken == "send":
             raise RuntimeError("a bug in a sink")
         self.events.append(event)
         self.first.set()
@@ -291,6 +332,8 @@ class Collector:
     def fail(self, error: PipelineError) -> None:
         self.error = error
         self.done.set()
+        if self._broken == "fail":
+            raise RuntimeError("a bug in a sink")
 
 
 def _submit(scheduler: Scheduler, session: Session, sink: Collector, max_tokens: int) -> None:
@@ -333,7 +376,7 @@ def test_the_scheduler_reports_an_engine_error_to_its_request(nan_engine: Path) 
 def test_nobody_waits_for_a_dead_scheduler(session: Session) -> None:
     scheduler = Scheduler(session)
     scheduler.start()
-    bystander, culprit = Collector(), Collector(broken=True)
+    bystander, culprit = Collector(), Collector(broken="send")
     _submit(scheduler, session, bystander, 110)
     _submit(scheduler, session, culprit, 4)
     for sink in (bystander, culprit):
@@ -341,4 +384,36 @@ def test_nobody_waits_for_a_dead_scheduler(session: Session) -> None:
         assert "scheduler: it died from an error" in str(sink.error)
     with pytest.raises(StageError, match="it died from an error; fix: see the server's log"):
         _submit(scheduler, session, Collector(), 1)
+    scheduler.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_sink_that_cannot_fail_does_not_keep_the_others_waiting(session: Session) -> None:
+    scheduler = Scheduler(session)
+    sinks = [Collector(broken="fail"), Collector(), Collector(broken="fail"), Collector()]
+    for sink in sinks:
+        _submit(scheduler, session, sink, 60)
+    scheduler.start()
+    for sink in sinks[: session.num_slots]:
+        assert sink.first.wait(10)
+    scheduler.stop()
+    assert all("the server is stopping" in str(sink.error) for sink in sinks)
+
+
+def test_a_request_that_cannot_be_started_gets_its_last_call(
+    session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`prepare` would refuse this seed: a request that got past it stands for any bug there."""
+    scheduler = Scheduler(session)
+    good = session.prepare(GenerationRequest("The dog", max_tokens=4))
+    bad = replace(good, sampling=SamplingOptions(seed=-1))
+    sinks = [Collector(), Collector(), Collector()]
+    for request, sink in zip((good, bad, good), sinks, strict=True):
+        scheduler.submit(request, sink)
+    scheduler.start()
+    for sink in sinks:
+        assert sink.done.wait(10)
+    assert str(sinks[1].error) == "scheduler: an unexpected error; fix: see the server's log"
+    assert "ValueError" in caplog.text
+    assert [len(_ids(sink.events)) for sink in sinks] == [4, 0, 4]
     scheduler.stop()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import GateError
+from pipeline.hardlink import link_or_copy
 from pipeline.publish import damaged_files, link_tree, publish
 from pipeline.store import LOG, MANIFEST, Action, Store, canonical_json
 
@@ -152,6 +153,15 @@ def test_link_tree_shares_the_bytes(tmp_path: Path) -> None:
         path / "data" / "file.txt"
     ).stat().st_ino
     assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_a_link_does_not_write_through_what_is_there(tmp_path: Path) -> None:
+    for name in ("source", "other"):
+        (tmp_path / name).write_text(name)
+    link_or_copy(tmp_path / "other", tmp_path / "target")
+    with pytest.raises(FileExistsError):
+        link_or_copy(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "other").read_text() == "other"
 
 
 def _hold(root: Path, started: Path) -> None:
