@@ -24,7 +24,8 @@ class BuildFacts:
             compiler reports it; None where the backend does not say.
         num_fused_int4: int4 matrix products whose dequantization is part of the same kernel.
         num_unfused_int4: int4 products that dequantize the whole weight first (slower, same values).
-        num_fused_attention: attention layers that became one kernel; None: not looked at.
+        num_fused_attention: attention layers that became one kernel; None: not looked at. 0 where the
+            model caps attention scores, because TensorRT has no such kernel.
         num_proven_tensors: checkpoint tensors found byte for byte in the engine.
         proven_bytes: their size in the engine.
         compiler: name and version of the compiler, or of the runtime that loaded the graph.
@@ -73,6 +74,9 @@ class EngineBackend(Protocol):
 
     def limits_problem(self, limits: BuildLimits) -> Problem | None:
         """None, or why this backend makes no good engine of these limits."""
+
+    def head_size_problem(self, head_size: int) -> Problem | None:
+        """None, or why this backend has no attention for heads of `head_size` channels."""
 
     def build_rank(
         self,

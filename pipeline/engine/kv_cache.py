@@ -16,9 +16,8 @@ CacheArray = npt.NDArray[np.float32]
 class KVCache:
     """One key and one value array [B, C, T, D] float32 per layer, updated in place by a run.
 
-    Nothing clears a row for a new sequence: positions at and beyond a row's kv_length get weight
-    zero. What is left there must be finite, though, because 0 * NaN is NaN: after logits that were
-    not finite, a row is only usable again when it was overwritten.
+    A row serves a new sequence as it is: positions at and beyond its kv_length get weight zero. They
+    must hold finite numbers, though, because 0 * NaN is NaN; `clear` a row that may not.
     """
 
     def __init__(self, keys: Sequence[CacheArray], values: Sequence[CacheArray]) -> None:
@@ -40,6 +39,11 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in (*self.keys, *self.values))
+
+    def clear(self, row: int, num_positions: int) -> None:
+        """Write zeros into the first `num_positions` (at most T) positions of a row."""
+        for array_BCTD in (*self.keys, *self.values):
+            array_BCTD[row, :, :num_positions] = 0.0
 
     def rows(self, start: int, stop: int) -> KVCache:
         """Rows start..stop-1 of the same memory; nothing is copied.

@@ -109,7 +109,8 @@ class OnnxNetwork:
 
         Args:
             input_ids: int64 [B, S].
-            position_ids: int64 [B, S], below T.
+            position_ids: int64 [B, S], the cache position of each token, write_indices + 0..S-1:
+                rotation and sliding windows go by it.
             write_indices: int64 [B], first cache position written in each row.
             kv_lengths: int64 [B], valid cache length after the write, padding included: always
                 write_indices + S, because the causal mask is aligned to its end.

@@ -25,6 +25,10 @@ class OnnxRuntimeBackend:
         """Never: the limits are sizes of the cache here, nothing is compiled for them."""
         return None
 
+    def head_size_problem(self, head_size: int) -> Problem | None:
+        """Never: any size is computed."""
+        return None
+
     def build_rank(
         self,
         engine_dir: Path,

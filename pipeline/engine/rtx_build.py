@@ -69,7 +69,7 @@ def build_plan(
         logger = _logger(trt, log)
         builder = trt.Builder(logger)
         network, parser = _parse(trt, builder, logger, graph_path, log, log_path)
-        lower_attention(trt, network, spec.num_layers)
+        lower_attention(trt, network, spec.masked_attentions(limits.max_seq_len))
         config = _builder_config(trt, builder, network, spec, limits, sm)
         with plan_path.open("xb") as plan_file:
             writer = _stream_writer(trt, plan_file)

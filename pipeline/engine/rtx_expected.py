@@ -1,8 +1,8 @@
 """How each tensor of a rank checkpoint must appear in the weight chunk of a TensorRT-RTX plan.
 
 Made from the checkpoint, not from the exported weights file, so that the export is proved as well.
-Observed with TensorRT-RTX 1.7.1: weights keep their values; what varies is the orientation, and the
-two float16 products that share an input (gate, fc) may be joined into one matrix.
+Observed with TensorRT-RTX 1.7.1: weights keep their values; what varies is the orientation, and
+float16 products that share an input (such as gate and fc) may be joined into one matrix.
 Shapes: N output features, K input features, G int4 group size.
 """
 
@@ -17,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.network.rank_tensors import EMBEDDING, HEAD, float16_scale, layer_modules
+from pipeline.network.modules import HEAD, ZERO_POINT, LayerModules, Linear, layer_modules
+from pipeline.network.rank_tensors import float16_scale, read_linear
 from pipeline.network.rope import rotary_tables
-from pipeline.network.spec import NetworkSpec
+from pipeline.network.spec import NetworkSpec, Residual
+from pipeline.network.zero_points import rounded_products
 
 Blocks = Iterator[npt.NDArray[Any]]
 
@@ -42,56 +44,106 @@ class Form:
 def expected_forms(reader: CheckpointReader, spec: NetworkSpec, num_positions: int) -> list[Form]:
     """All forms of all tensors; a tensor is proved by any one of its forms.
 
-    Pre-quant scales of ones and biases of zeros are not in the network, so they have no form.
+    Pre-quant scales of ones and biases of zeros are not in the network, so they have no form. The
+    tensors of one expert of a stack are proved one by one, as "<tensor of the stack>[<expert>]".
     """
     forms = list(_rotary_forms(spec, num_positions))
+    of_linears: set[str] = set()
+    for layer in range(spec.num_layers):
+        modules = layer_modules(spec, layer)
+        for linear in modules.linears:
+            of_linears |= linear.required(spec.group_size).keys() | linear.optional().keys()
+            forms += _linear_forms(reader, linear)
+        forms += _joined_forms(reader, modules, spec.features.residual)
     for name, tensor in reader.tensors.items():
-        if tensor.dtype == "I8":
-            forms.append(Form((name,), partial(_int4_by_output, reader, name)))
-            forms.append(Form((name,), partial(_transposed, reader, (name,))))
-        elif tensor.dtype == "F32":
-            forms += _scale_forms(reader, name)
-        elif len(tensor.shape) == 1:
-            forms += _vector_forms(reader, name)
-        else:
-            num_rows = tensor.shape[0]
-            if name == f"{HEAD}.weight":
-                num_rows = spec.vocab_size
+        if name in of_linears:
+            continue
+        num_rows = spec.vocab_size if name == f"{HEAD}.weight" else tensor.shape[0]
+        if len(tensor.shape) > 1 or not _is_neutral(name, reader.read(name)):
             forms.append(Form((name,), partial(_rows, reader, name, num_rows)))
-            if name not in (EMBEDDING, f"{HEAD}.weight"):
-                forms.append(Form((name,), partial(_transposed, reader, (name,))))
-    return forms + list(_joined_forms(reader, spec))
+        if name.endswith(".router.weight"):
+            forms.append(Form((name,), partial(_single, reader.read(name).T)))
+    return forms
 
 
 def _rotary_forms(spec: NetworkSpec, num_positions: int) -> Iterator[Form]:
-    tables = rotary_tables(spec.head_size, spec.rotary_base, spec.rotary_scaling, num_positions)
+    if spec.features.rotary is None:
+        return
+    tables = rotary_tables(spec.features.rotary, num_positions)
     for name, table in zip(("rotary cos", "rotary sin"), tables, strict=True):
         yield Form((name,), partial(_single, table.astype(np.float16)))
 
 
-def _scale_forms(reader: CheckpointReader, name: str) -> Iterator[Form]:
+def _linear_forms(reader: CheckpointReader, linear: Linear) -> Iterator[Form]:
+    name = _label(linear, "weight")
+    if linear.quantized:
+        yield Form((name,), partial(_int4_by_output, reader, linear))
+        yield from _scale_forms(reader, linear)
+        if linear.asymmetric:
+            yield from _zero_point_forms(reader, linear)
+    else:
+        yield Form((name,), partial(_plain, reader, linear))
+    yield Form((name,), partial(_transposed, reader, (linear,)))
+    for tensor in ("bias", "prequant_scaling_factor"):
+        if f"{linear.source}.{tensor}" in reader.tensors:
+            vector = read_linear(reader, linear, tensor)
+            if not _is_neutral(tensor, vector):
+                yield Form((_label(linear, tensor),), partial(_single, vector))
+
+
+def _label(linear: Linear, tensor: str) -> str:
+    part = "" if linear.expert is None else f"[{linear.expert}]"
+    return f"{linear.source}.{tensor}{part}"
+
+
+def _scale_forms(reader: CheckpointReader, linear: Linear) -> Iterator[Form]:
+    name = _label(linear, "weights_scaling_factor")
+
     def blocks(transposed: bool) -> Blocks:
-        scale = float16_scale(reader.read(name), name)
+        scale = float16_scale(read_linear(reader, linear, "weights_scaling_factor"), name)
         yield scale.T if transposed else scale
 
     for transposed in (False, True):
         yield Form((name,), partial(blocks, transposed))
 
 
-def _vector_forms(reader: CheckpointReader, name: str) -> Iterator[Form]:
-    vector = reader.read(name)
+def _zero_point_forms(reader: CheckpointReader, linear: Linear) -> Iterator[Form]:
+    """Constants are folded: what lies in the plan is zero_point * scale [G, N], rounded to float16.
+
+    Each group is proved by itself: the compiler changes their order, and joins products that share an
+    input (gate, fc) behind each other. Where every zero point is 0 there is no correction.
+    """
+    name = _label(linear, ZERO_POINT)
+    zero_NG = read_linear(reader, linear, ZERO_POINT)
+
+    def blocks(group: int) -> Blocks:
+        scale_NG = float16_scale(read_linear(reader, linear, "weights_scaling_factor"), name)
+        yield rounded_products(zero_NG[:, group : group + 1], scale_NG[:, group : group + 1])
+
+    if zero_NG.any():
+        for group in range(zero_NG.shape[1]):
+            yield Form((f"{name}, group {group}",), partial(blocks, group))
+
+
+def _is_neutral(name: str, vector: npt.NDArray[Any]) -> bool:
     neutral = {"prequant_scaling_factor": 1.0, "bias": 0.0}.get(name.rpartition(".")[2])
-    if neutral is None or not bool((vector == neutral).all()):
-        yield Form((name,), partial(_single, vector))
+    return neutral is not None and bool((vector == neutral).all())
 
 
-def _joined_forms(reader: CheckpointReader, spec: NetworkSpec) -> Iterator[Form]:
-    for layer in range(spec.num_layers):
-        modules = layer_modules(spec, layer)
-        if not modules.fc.quantized and not modules.gate.quantized:
-            names = (f"{modules.gate.module}.weight", f"{modules.fc.module}.weight")
-            for order in (names, names[::-1]):
-                yield Form(names, partial(_transposed, reader, order))
+def _joined_forms(
+    reader: CheckpointReader, modules: LayerModules, residual: Residual
+) -> Iterator[Form]:
+    """The float16 products that share an input, all in one matrix, in either order."""
+    sharing = [
+        linear for mlp in modules.mlps for linear in (mlp.fc, mlp.gate) if linear is not None
+    ]
+    if residual.before_mlp == residual.before_attention:
+        sharing.insert(0, modules.qkv)
+    plain = tuple(linear for linear in sharing if not linear.quantized)
+    if len(plain) > 1:
+        for order in (plain, plain[::-1]):
+            names = tuple(_label(linear, "weight") for linear in order)
+            yield Form(names, partial(_transposed, reader, order))
 
 
 def _single(array: npt.NDArray[Any]) -> Blocks:
@@ -105,21 +157,30 @@ def _rows(reader: CheckpointReader, name: str, num_rows: int) -> Blocks:
             yield block[: num_rows - start]
 
 
-def _transposed(reader: CheckpointReader, names: tuple[str, ...]) -> Blocks:
+def _plain(reader: CheckpointReader, linear: Linear) -> Blocks:
+    """[N, K] as in the checkpoint."""
+    if linear.expert is not None:
+        yield read_linear(reader, linear, "weight")
+        return
+    for _, block in reader.row_blocks(f"{linear.source}.weight", _BLOCK_BYTES):
+        yield block
+
+
+def _transposed(reader: CheckpointReader, linears: tuple[Linear, ...]) -> Blocks:
     """[K, N1 + N2 ...]: the matrices [N, K] joined along N and transposed."""
-    matrices = [reader.read(name) for name in names]
+    matrices = [read_linear(reader, linear, "weight") for linear in linears]
     row_bytes = sum(matrix.shape[0] * matrix.itemsize for matrix in matrices)
     columns = max(1, _BLOCK_BYTES // row_bytes)
     for start in range(0, matrices[0].shape[1], columns):
         yield np.concatenate([matrix[:, start : start + columns].T for matrix in matrices], axis=1)
 
 
-def _int4_by_output(reader: CheckpointReader, name: str) -> Blocks:
+def _int4_by_output(reader: CheckpointReader, linear: Linear) -> Blocks:
     """[N, K/2]: rows of outputs, two inputs per byte, low nibble first.
 
     The checkpoint has [N/2, K]: byte [i, k] holds output 2i (low nibble) and 2i + 1 (high).
     """
-    for _, block in reader.row_blocks(name, _BLOCK_BYTES):
+    for block in _plain(reader, linear):
         packed = block.view(np.uint8)
         rows = np.empty((2 * packed.shape[0], packed.shape[1]), np.uint8)
         rows[0::2] = packed & 0x0F

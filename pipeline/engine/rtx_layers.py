@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import GateError, Problem
 from pipeline.network.io_names import KV_LENGTHS, cache_names
-from pipeline.network.rank_tensors import Linear, layer_modules
+from pipeline.network.modules import Linear, layer_modules
 from pipeline.network.spec import NetworkSpec
 
 _LAYER = re.compile(
@@ -70,11 +70,13 @@ def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
         linear for layer in range(spec.num_layers) for linear in layer_modules(spec, layer).linears
     ]
     can_fuse = [linear for linear in linears if _can_fuse(linear, spec.group_size)]
+    # With a soft cap attention is made of single products; TensorRT has no kernel for it.
+    can_fuse_attention = spec.features.attention_softcap is None
     problems = [
         Problem(where, problem)
         for problem in (
             *_product_problems(layers, linears, can_fuse),
-            *_attention_problems(layers, spec.num_layers),
+            *_attention_problems(layers, spec.num_layers if can_fuse_attention else 0),
             *_cache_problems(layers, spec.num_layers),
         )
     ]
@@ -84,7 +86,7 @@ def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
     return LayerCounts(
         num_fused_int4=len(can_fuse),
         num_unfused_int4=num_int4 - len(can_fuse),
-        num_fused_attention=spec.num_layers,
+        num_fused_attention=spec.num_layers if can_fuse_attention else 0,
     )
 
 

@@ -8,6 +8,7 @@ cache in every step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import Problem, StageError
@@ -16,29 +17,39 @@ from pipeline.network.io_names import KV_LENGTHS
 _QUERY, _KEY = 0, 1
 
 
-def lower_attention(trt: Any, network: Any, num_layers: int) -> None:
+def lower_attention(trt: Any, network: Any, masked: Sequence[bool]) -> None:
     """Give every attention its row lengths and a mask aligned to their end; drop scales of one.
+
+    Args:
+        masked: for each attention of the graph, in order, whether it has a mask of its own. Such a
+            mask is causal already, and TensorRT takes no other beside it.
 
     Raises:
         StageError: the parsed network does not look as this version of the parser makes it.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     attentions = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    if len(attentions) != num_layers:
-        what = f"{len(attentions)} attention layers after parsing, the network has {num_layers}"
+    if len(attentions) != len(masked):
+        what = f"{len(attentions)} attention layers after parsing, the network has {len(masked)}"
         raise StageError(Problem("lowering", what))
+    if not attentions:
+        return
     makers = {
         layer.get_output(index).name: layer
         for layer in layers
         for index in range(layer.num_outputs)
     }
     lengths = network.add_cast(_input(network, KV_LENGTHS), trt.int32).get_output(0)
-    for layer in attentions:
+    for layer, has_mask in zip(attentions, masked, strict=True):
         layer.__class__ = trt.IAttentionInputLayer
         for index in (_QUERY, _KEY):
             layer.set_input(index, _unscaled(trt, layer.get_input(index), makers, layer.name))
         attention = layer.attention
-        attention.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
+        if (attention.mask is not None) != has_mask:
+            what = f"{layer.name}: a mask after parsing: {not has_mask}, in the graph: {has_mask}"
+            raise StageError(Problem("lowering", what))
+        if not has_mask:
+            attention.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
         attention.key_value_lengths = lengths
 
 

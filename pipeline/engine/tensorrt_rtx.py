@@ -16,6 +16,7 @@ SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
 # Turing has no int4 weight kernels: "model contains HW-specific datatypes: int4".
 MIN_INT4_SM = 80
 MIN_INPUT_LEN = 2
+HEAD_SIZES = range(16, 257, 8)
 # Where a GPU that TensorRT-RTX refuses gets its engine from.
 _OTHER_BACKENDS = {
     87: "tensorrt, run on the Jetson module itself",
@@ -38,7 +39,8 @@ class TensorRtRtxBackend:
 
     def can_target(self, target: Target, quant_algo: str | None = None) -> Problem | None:
         """None, or the reason with the targets that work and the backend for this one."""
-        lowest = MIN_INT4_SM if quant_algo == "W4A16_AWQ" else min(SUPPORTED_SMS)
+        is_int4 = quant_algo in ("W4A16_AWQ", "W4A16_GPTQ")
+        lowest = MIN_INT4_SM if is_int4 else min(SUPPORTED_SMS)
         if target.sm in SUPPORTED_SMS and target.sm >= lowest:
             return None
         able = [known.name for known in TARGETS.values() if _can(known.sm, lowest)]
@@ -65,6 +67,13 @@ class TensorRtRtxBackend:
         what = f"max_input_len is {limits.max_input_len}: TensorRT-RTX would not fuse attention"
         return Problem("build limits", what, f"{MIN_INPUT_LEN} or more")
 
+    def head_size_problem(self, head_size: int) -> Problem | None:
+        """See EngineBackend. Tried with TensorRT-RTX 1.7.1: 2 to 512."""
+        if head_size in HEAD_SIZES:
+            return None
+        what = f"TensorRT-RTX has no attention kernel for heads of {head_size} channels"
+        return Problem("head_size", what, "multiples of 8, 16 to 256", "build.backend: onnxruntime")
+
     def build_rank(
         self,
         engine_dir: Path,
@@ -86,7 +95,11 @@ class TensorRtRtxBackend:
 
         started = time.monotonic()
         spec = read_checkpoint_spec(checkpoint_dir, limits)
-        problem = self.can_target(target, spec.quant_algo) or self.limits_problem(limits)
+        problem = (
+            self.can_target(target, spec.quant_algo)
+            or self.limits_problem(limits)
+            or self.head_size_problem(spec.head_size)
+        )
         if problem is not None:
             raise PlanError(problem)
         version = compiler_version()

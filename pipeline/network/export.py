@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.errors import CheckpointError, Problem
 from pipeline.network.limits import BuildLimits
-from pipeline.network.spec import NetworkSpec, read_spec
+from pipeline.network.spec import NetworkSpec
+from pipeline.network.spec_reader import read_spec
 from pipeline.progress import Progress
 
 LIMITS_PROPERTY = "trtpipe.limits"

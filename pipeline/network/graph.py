@@ -100,6 +100,14 @@ class GraphBuilder:
             return name
         return self.cast(name, self.compute, f"{name}.{self.compute}")
 
+    def raised(self, value: str, name: str) -> str:
+        """`value` of the compute dtype as float32."""
+        return value if self.compute == "float32" else self.cast(value, "float32", name)
+
+    def lowered(self, value: str, name: str) -> str:
+        """`value` of float32 in the compute dtype."""
+        return value if self.compute == "float32" else self.cast(value, self.compute, name)
+
     def cast(self, value: str, dtype: str, name: str) -> str:
         """`value` converted to `dtype`."""
         if name in self._values:

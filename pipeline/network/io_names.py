@@ -7,7 +7,7 @@ C key/value heads, T cache positions (max_seq_len, static), D head size.
 from __future__ import annotations
 
 INPUT_IDS = "input_ids"  # int64 [B, S]
-POSITION_IDS = "position_ids"  # int64 [B, S]
+POSITION_IDS = "position_ids"  # int64 [B, S]: the cache position of each token
 WRITE_INDICES = "write_indices"  # int64 [B]: first cache position written in each row
 KV_LENGTHS = "kv_lengths"  # int64 [B]: valid cache length after the write
 LOGIT_POSITIONS = "logit_positions"  # int64 [B, M]: which of the S positions get logits

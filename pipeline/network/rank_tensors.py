@@ -10,84 +10,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.errors import CheckpointError, Problem
-from pipeline.network.rope import rotary_tables
+from pipeline.network.modules import (
+    EMBEDDING,
+    HEAD,
+    POSITIONS,
+    ZERO_POINT,
+    Linear,
+    Tensors,
+    final_norm,
+    layer_modules,
+)
+from pipeline.network.rope import Rotary, rotary_tables
 from pipeline.network.spec import NetworkSpec
 from pipeline.network.weights_file import WeightRef, WeightsFile
 from pipeline.progress import Progress
 
 _BLOCK_BYTES = 16 * 1024**2
 
-EMBEDDING = "transformer.vocab_embedding.weight"
-FINAL_NORM = "transformer.ln_f.weight"
-HEAD = "lm_head"
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear module of the checkpoint: weight [N, K], stored as float16 or as int4."""
-
-    module: str
-    num_outputs: int
-    num_inputs: int
-    quantized: bool
-    biased: bool = False
-
-    def required(self, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor name -> (safetensors dtype, shape) of everything this linear must have."""
-        n, k = self.num_outputs, self.num_inputs
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        if self.quantized:
-            tensors[f"{self.module}.weight"] = ("I8", (n // 2, k))
-            tensors[f"{self.module}.weights_scaling_factor"] = ("F32", (n, k // group_size))
-        else:
-            tensors[f"{self.module}.weight"] = ("F16", (n, k))
-        if self.biased:
-            tensors[f"{self.module}.bias"] = ("F16", (n,))
-        return tensors
-
-    def optional(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The same for what it may have."""
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-            f"{self.module}.bias": ("F16", (self.num_outputs,))
-        }
-        if self.quantized:
-            tensors[f"{self.module}.prequant_scaling_factor"] = ("F16", (self.num_inputs,))
-        return tensors
-
-
-@dataclass(frozen=True)
-class LayerModules:
-    """Names of one decoder layer. `fc` is the branch that passes the activation (HF gate_proj)."""
-
-    input_norm: str
-    qkv: Linear
-    dense: Linear
-    post_norm: str
-    fc: Linear
-    gate: Linear
-    proj: Linear
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """In the order of execution."""
-        return (self.qkv, self.dense, self.fc, self.gate, self.proj)
-
 
 @dataclass(frozen=True)
 class LinearRef:
-    """Where the tensors of one linear lie. `scale` [K/G, N] marks an int4 weight [K, N]; a float16
-    weight is [N, K] as in the checkpoint."""
+    """Where the tensors of one linear lie. `scale` [K/G, N] marks an int4 weight [K, N], which may have
+    a zero point of the same shape; a float16 weight is [N, K] as in the checkpoint."""
 
     weight: WeightRef
     scale: WeightRef | None = None
     input_scale: WeightRef | None = None
     bias: WeightRef | None = None
+    zero_point: WeightRef | None = None
 
 
 @dataclass
@@ -96,29 +53,6 @@ class RankRefs:
 
     tensors: dict[str, WeightRef] = field(default_factory=dict)
     linears: dict[str, LinearRef] = field(default_factory=dict)
-
-
-def layer_modules(spec: NetworkSpec, layer: int) -> LayerModules:
-    """The modules of decoder layer `layer`, counted within the rank."""
-    prefix = f"transformer.layers.{layer}"
-    hidden, ffn = spec.hidden_size, spec.intermediate_size
-    heads_width = spec.num_heads * spec.head_size
-    qkv_width = heads_width + 2 * spec.num_kv_heads * spec.head_size
-
-    def linear(name: str, num_outputs: int, num_inputs: int) -> Linear:
-        module = f"{prefix}.{name}"
-        biased = spec.attention_bias if name.startswith("attention.") else spec.mlp_bias
-        return Linear(module, num_outputs, num_inputs, spec.is_quantized(module), biased)
-
-    return LayerModules(
-        input_norm=f"{prefix}.input_layernorm.weight",
-        qkv=linear("attention.qkv", qkv_width, hidden),
-        dense=linear("attention.dense", hidden, heads_width),
-        post_norm=f"{prefix}.post_layernorm.weight",
-        fc=linear("mlp.fc", ffn, hidden),
-        gate=linear("mlp.gate", ffn, hidden),
-        proj=linear("mlp.proj", hidden, ffn),
-    )
 
 
 def check_rank(reader: CheckpointReader, spec: NetworkSpec, path: Path) -> None:
@@ -151,7 +85,7 @@ def check_rank(reader: CheckpointReader, spec: NetworkSpec, path: Path) -> None:
 def head_linear(reader: CheckpointReader, spec: NetworkSpec) -> Linear:
     """lm_head; it may have more rows than tokens (padding)."""
     num_rows = _num_token_rows(reader, spec, f"{HEAD}.weight")
-    return Linear(HEAD, num_rows, spec.hidden_size, quantized=False)
+    return Linear(HEAD, HEAD, num_rows, spec.hidden_size, quantized=False)
 
 
 def store_rank(
@@ -168,8 +102,9 @@ def store_rank(
     """
     stored = RankRefs()
 
-    def store_plain(name: str) -> WeightRef:
-        stored.tensors[name] = _store_rows(reader, weights_file, name)
+    def store_plain(name: str, dtype: str = "float16") -> WeightRef:
+        blocks = (block for _, block in reader.row_blocks(name, _BLOCK_BYTES))
+        stored.tensors[name] = weights_file.add(name, dtype, reader.tensors[name].shape, blocks)
         return stored.tensors[name]
 
     def store_linear(linear: Linear) -> None:
@@ -177,16 +112,23 @@ def store_rank(
 
     progress.start(spec.num_layers + 2, "layers")
     embedding = store_plain(EMBEDDING)
-    _store_rotary_tables(weights_file, stored, spec, num_positions)
+    if spec.features.learned_positions:
+        store_plain(POSITIONS)
+    if spec.features.rotary is not None:
+        _store_rotary_tables(weights_file, stored, spec.features.rotary, num_positions)
     progress.advance("embedding")
     for layer in range(spec.num_layers):
         modules = layer_modules(spec, layer)
-        store_plain(modules.input_norm)
-        store_plain(modules.post_norm)
+        for norm in modules.all_norms:
+            for vector in norm.vectors:
+                store_plain(vector)
+        if modules.router is not None:
+            store_plain(modules.router, "float32")
         for linear in modules.linears:
             store_linear(linear)
         progress.advance(f"layer {layer}")
-    store_plain(FINAL_NORM)
+    for vector in final_norm(spec).vectors:
+        store_plain(vector)
     if f"{HEAD}.weight" in reader.tensors:
         store_linear(head_linear(reader, spec))
     else:
@@ -200,21 +142,31 @@ def rotary_table_name(part: str, dtype: str) -> str:
     return f"rotary_{part}.{dtype}"
 
 
-def _expected(
-    reader: CheckpointReader, spec: NetworkSpec
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, tuple[str, tuple[int, ...]]]]:
+def read_linear(reader: CheckpointReader, linear: Linear, tensor: str) -> npt.NDArray[Any]:
+    """One tensor of a linear, such as "weight"; of one expert, its part of the stack."""
+    name = f"{linear.source}.{tensor}"
+    if linear.expert is None:
+        return reader.read(name)
+    (part,) = reader.read_rows(name, linear.expert, linear.expert + 1)
+    return np.asarray(part)
+
+
+def _expected(reader: CheckpointReader, spec: NetworkSpec) -> tuple[Tensors, Tensors]:
+    """Tensors that must be there, tensors that may."""
     head = head_linear(reader, spec)
-    vector = ("F16", (spec.hidden_size,))
     num_rows = _num_token_rows(reader, spec, EMBEDDING)
-    required = {
-        EMBEDDING: ("F16", (num_rows, spec.hidden_size)),
-        FINAL_NORM: vector,
-    }
+    required: Tensors = {EMBEDDING: ("F16", (num_rows, spec.hidden_size))}
+    if spec.features.learned_positions:
+        required[POSITIONS] = ("F16", (spec.max_position_embeddings, spec.hidden_size))
+    required |= dict.fromkeys(final_norm(spec).vectors, ("F16", (spec.hidden_size,)))
     optional = head.optional()
     (optional if spec.shared_embedding else required).update(head.required(spec.group_size))
     for layer in range(spec.num_layers):
         modules = layer_modules(spec, layer)
-        required |= {modules.input_norm: vector, modules.post_norm: vector}
+        for norm in modules.all_norms:
+            required |= dict.fromkeys(norm.vectors, ("F16", (norm.size,)))
+        if modules.router is not None:
+            required[modules.router] = ("F32", (len(modules.mlps), spec.hidden_size))
         for linear in modules.linears:
             required |= linear.required(spec.group_size)
             optional |= linear.optional()
@@ -243,37 +195,61 @@ def _division_problems(spec: NetworkSpec, path: Path) -> Iterator[Problem]:
 
 
 def _store_linear(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> LinearRef:
-    module = linear.module
-    bias = _store_optional(reader, weights_file, f"{module}.bias", neutral=0.0)
+    bias = _store_optional(reader, weights_file, linear, "bias", neutral=0.0)
     if not linear.quantized:
-        return LinearRef(_store_rows(reader, weights_file, f"{module}.weight"), bias=bias)
+        return LinearRef(_store_float16(reader, weights_file, linear), bias=bias)
     return LinearRef(
         weight=_store_int4(reader, weights_file, linear),
-        scale=_store_scale(reader, weights_file, f"{module}.weights_scaling_factor"),
+        scale=_store_scale(reader, weights_file, linear),
         input_scale=_store_optional(
-            reader, weights_file, f"{module}.prequant_scaling_factor", neutral=1.0
+            reader, weights_file, linear, "prequant_scaling_factor", neutral=1.0
         ),
         bias=bias,
+        zero_point=_store_zero_point(reader, weights_file, linear),
     )
 
 
-def _store_rows(reader: CheckpointReader, weights_file: WeightsFile, name: str) -> WeightRef:
-    blocks = (block for _, block in reader.row_blocks(name, _BLOCK_BYTES))
-    return weights_file.add(name, "float16", reader.tensors[name].shape, blocks)
+def _store_float16(
+    reader: CheckpointReader, weights_file: WeightsFile, linear: Linear
+) -> WeightRef:
+    """[N, K] as in the checkpoint, in blocks where the tensor is not part of a stack."""
+    name = f"{linear.source}.weight"
+    blocks: Iterator[npt.NDArray[Any]]
+    if linear.expert is None:
+        blocks = (block for _, block in reader.row_blocks(name, _BLOCK_BYTES))
+    else:
+        blocks = iter((read_linear(reader, linear, "weight"),))
+    shape = (linear.num_outputs, linear.num_inputs)
+    return weights_file.add(f"{linear.module}.weight", "float16", shape, blocks)
 
 
 def _store_int4(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> WeightRef:
-    name = f"{linear.module}.weight"
-    packed = reader.read(name)
+    packed = read_linear(reader, linear, "weight")
     columns = max(1, _BLOCK_BYTES // packed.shape[0])
     blocks = (packed[:, k : k + columns].T for k in range(0, linear.num_inputs, columns))
-    return weights_file.add(name, "int4", (linear.num_inputs, linear.num_outputs), blocks)
+    shape = (linear.num_inputs, linear.num_outputs)
+    return weights_file.add(f"{linear.module}.weight", "int4", shape, blocks)
 
 
-def _store_scale(reader: CheckpointReader, weights_file: WeightsFile, name: str) -> WeightRef:
+def _store_scale(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> WeightRef:
     """Rounded to float16 once, here: TensorRT needs it, and the CPU graph reads the same bytes."""
-    scale = float16_scale(reader.read(name), f"{reader.tensors[name].file}: {name}").T
+    source = f"{linear.source}.weights_scaling_factor"
+    read = read_linear(reader, linear, "weights_scaling_factor")
+    scale = float16_scale(read, f"{reader.tensors[source].file}: {source}").T
+    name = f"{linear.module}.weights_scaling_factor"
     return weights_file.add(name, "float16", scale.shape, [scale])
+
+
+def _store_zero_point(
+    reader: CheckpointReader, weights_file: WeightsFile, linear: Linear
+) -> WeightRef | None:
+    """As float16, which holds small integers; nothing where all are 0."""
+    if not linear.asymmetric:
+        return None
+    zero = read_linear(reader, linear, ZERO_POINT).T.astype(np.float16)
+    if not zero.any():
+        return None
+    return weights_file.add(f"{linear.module}.{ZERO_POINT}", "float16", zero.shape, [zero])
 
 
 def float16_scale(scale: npt.NDArray[np.float32], where: str) -> npt.NDArray[np.float16]:
@@ -295,21 +271,21 @@ def float16_scale(scale: npt.NDArray[np.float32], where: str) -> npt.NDArray[np.
 
 
 def _store_optional(
-    reader: CheckpointReader, weights_file: WeightsFile, name: str, neutral: float
+    reader: CheckpointReader, weights_file: WeightsFile, linear: Linear, tensor: str, neutral: float
 ) -> WeightRef | None:
     """Store a vector unless it is absent or changes nothing (every element is `neutral`)."""
-    if name not in reader.tensors:
+    if f"{linear.source}.{tensor}" not in reader.tensors:
         return None
-    vector = reader.read(name)
+    vector = read_linear(reader, linear, tensor)
     if bool((vector == neutral).all()):
         return None
-    return weights_file.add(name, "float16", vector.shape, [vector])
+    return weights_file.add(f"{linear.module}.{tensor}", "float16", vector.shape, [vector])
 
 
 def _store_rotary_tables(
-    weights_file: WeightsFile, stored: RankRefs, spec: NetworkSpec, num_positions: int
+    weights_file: WeightsFile, stored: RankRefs, rotary: Rotary, num_positions: int
 ) -> None:
-    tables = rotary_tables(spec.head_size, spec.rotary_base, spec.rotary_scaling, num_positions)
+    tables = rotary_tables(rotary, num_positions)
     for part, table in zip(("cos", "sin"), tables, strict=True):
         for dtype in ("float32", "float16"):
             name = rotary_table_name(part, dtype)

@@ -6,7 +6,6 @@ Shapes: B rows, S positions, V vocabulary, N output and K input features.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.onnxruntime import OnnxNetwork
-from pipeline.network import BuildLimits, export_network
-from pipeline.progress import SilentProgress
+from tests.network_logits import engine, largest_difference
 from tests.rank_checkpoints import export_with_modelopt, read_rank
 from tests.tiny import write_tiny_llama
 
-LIMITS = BuildLimits(max_batch_size=4, max_seq_len=64, max_input_len=32)
-LENGTH = 24
 # Largest difference seen over all cases below: 5.5e-6, with logits up to 4.2.
 TOLERANCE = 1e-4
 
@@ -58,90 +52,11 @@ INT4_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def _logits_of_transformers(model: Any, ids_BS: npt.NDArray[np.int64]) -> Floats:
-    import torch
-
-    with torch.no_grad():
-        logits: Floats = model(torch.from_numpy(ids_BS)).logits.numpy()
-    return logits
-
-
 def _load(source_dir: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(source_dir, dtype=torch.float32).eval()
-
-
-def _engine(checkpoint_dir: Path, engine_dir: Path, vocab_size: int) -> OnnxNetwork:
-    engine_dir.mkdir()
-    export_network(checkpoint_dir, 0, engine_dir, LIMITS, SilentProgress(), vocab_size=vocab_size)
-    return OnnxNetwork(engine_dir, num_threads=1)
-
-
-def _random_ids(vocab_size: int, num_rows: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(1).integers(0, vocab_size, (num_rows, LENGTH))
-
-
-def _step(
-    network: OnnxNetwork, ids_BS: npt.NDArray[np.int64], start: int, cache: KVCache
-) -> Floats:
-    """Logits of all positions of one call; every row stands at `start`."""
-    num_rows, num_tokens = ids_BS.shape
-    offsets = np.tile(np.arange(num_tokens), (num_rows, 1))
-    starts = np.full(num_rows, start)
-    return network.run(ids_BS, offsets + start, starts, starts + num_tokens, offsets, cache)
-
-
-def _in_chunks(
-    network: OnnxNetwork, ids_BS: npt.NDArray[np.int64], cuts: tuple[int, ...]
-) -> Floats:
-    cache = network.new_cache(len(ids_BS))
-    bounds = (0, *cuts, ids_BS.shape[1])
-    parts = [
-        _step(network, ids_BS[:, start:stop], start, cache) for start, stop in pairwise(bounds)
-    ]
-    return np.concatenate(parts, axis=1)
-
-
-def _rows_apart(network: OnnxNetwork, ids_BS: npt.NDArray[np.int64]) -> Floats:
-    """Logits of the last position of each row, when each row's prompt has another length.
-
-    The prompts go in one right-padded call, or row by row into views of the cache; then all rows
-    decode together, each at its own position, until the longest ends.
-    """
-    num_rows = len(ids_BS)
-    cache = network.new_cache(num_rows)
-    lengths_B = LENGTH - 2 - 3 * np.arange(num_rows)
-    padded_BS = np.where(np.arange(lengths_B[0])[None] < lengths_B[:, None], ids_BS[:, :-2], 7)
-    _step(network, padded_BS[:2], 0, cache.rows(0, 2))
-    for row in range(2, num_rows):
-        _step(network, ids_BS[row : row + 1, : lengths_B[row]], 0, cache.rows(row, row + 1))
-    zeros_B1 = np.zeros((num_rows, 1), np.int64)
-    for _ in range(2):
-        next_B1 = np.take_along_axis(ids_BS, lengths_B[:, None], axis=1)
-        logits_B1V = network.run(
-            next_B1, lengths_B[:, None], lengths_B, lengths_B + 1, zeros_B1, cache
-        )
-        lengths_B = lengths_B + 1
-    return logits_B1V[:, 0]
-
-
-def _check(model: Any, network: OnnxNetwork, vocab_size: int) -> None:
-    ids_BS = _random_ids(vocab_size, 3)
-    expected_BSV = _logits_of_transformers(model, ids_BS)
-    assert expected_BSV.std() > 0.1, "logits that say nothing compare equal to anything"
-    ways = {
-        "prefill": (),
-        "chunks": (5, 6, 17),
-        "decode": tuple(range(10, LENGTH)),
-    }
-    for way, cuts in ways.items():
-        difference = np.abs(_in_chunks(network, ids_BS, cuts) - expected_BSV).max()
-        assert difference <= TOLERANCE, way
-    last_B = LENGTH - 1 - 3 * np.arange(3)
-    difference = np.abs(_rows_apart(network, ids_BS) - expected_BSV[np.arange(3), last_B]).max()
-    assert difference <= TOLERANCE, "rows of different lengths"
 
 
 @pytest.mark.parametrize("name", FP16_MODELS)
@@ -150,9 +65,9 @@ def test_fp16_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     checkpoint = export_with_modelopt(source, tmp_path / "checkpoint", group_size=None)
     model = _load(source)
     vocab_size = model.config.vocab_size
-    network = _engine(checkpoint, tmp_path / "engine", vocab_size)
+    network = engine(checkpoint, tmp_path / "engine", vocab_size)
     assert network.shape.vocab_size == vocab_size
-    _check(model, network, vocab_size)
+    assert largest_difference(model, network, vocab_size) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", INT4_MODELS)
@@ -162,7 +77,8 @@ def test_int4_logits_equal_the_dequantized_model(tmp_path: Path, name: str) -> N
     checkpoint = export_with_modelopt(source, tmp_path / "checkpoint", group_size)
     model = _load(source)
     _replace_linears(model, read_rank(checkpoint))
-    _check(model, _engine(checkpoint, tmp_path / "engine", vocab_size=500), 500)
+    network = engine(checkpoint, tmp_path / "engine", vocab_size=500)
+    assert largest_difference(model, network, 500) <= TOLERANCE
 
 
 def _replace_linears(model: Any, tensors: dict[str, npt.NDArray[Any]]) -> None:

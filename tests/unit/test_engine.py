@@ -81,6 +81,21 @@ def test_turing_has_no_int4() -> None:
     assert problem.fix == "quantize.format: fp16"
 
 
+@pytest.mark.parametrize("head_size", [8, 12, 100, 264])
+def test_tensorrt_rtx_has_no_attention_for_some_head_sizes(head_size: int) -> None:
+    problem = BACKENDS["tensorrt_rtx"].head_size_problem(head_size)
+    assert str(problem) == (
+        f"head_size: TensorRT-RTX has no attention kernel for heads of {head_size} channels; "
+        "allowed: multiples of 8, 16 to 256; fix: build.backend: onnxruntime"
+    )
+    assert BACKENDS["onnxruntime"].head_size_problem(head_size) is None
+
+
+def test_tensorrt_rtx_takes_the_usual_head_sizes() -> None:
+    backend = BACKENDS["tensorrt_rtx"]
+    assert all(backend.head_size_problem(size) is None for size in (16, 24, 64, 80, 96, 128, 256))
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_worker_builds_for_the_cpu(tmp_path: Path, quantized: bool) -> None:
     checkpoint = write_random_rank(tmp_path / "checkpoint", quantized=quantized)

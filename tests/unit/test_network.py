@@ -23,8 +23,7 @@ from pipeline.network import (
     weights_path,
 )
 from pipeline.network.rank_tensors import float16_scale
-from pipeline.network.rope import inverse_frequencies, rotary_tables
-from pipeline.network.spec import read_spec
+from pipeline.network.spec_reader import read_spec
 from pipeline.network.weights_file import ALIGNMENT, WeightsFile
 from pipeline.progress import SilentProgress
 from tests.rank_checkpoints import read_rank, write_random_rank, write_rank
@@ -75,7 +74,8 @@ def test_every_bad_limit_is_named() -> None:
 
 def test_a_config_lists_all_its_problems() -> None:
     config = {
-        "architecture": "GemmaForCausalLM",
+        "architecture": "LlamaForCausalLM",
+        "residual_mlp": True,
         "dtype": "bfloat16",
         "hidden_size": 0,
         "num_hidden_layers": 2,
@@ -92,16 +92,16 @@ def test_a_config_lists_all_its_problems() -> None:
         read_spec(config, "config.json")
     assert str(caught.value).splitlines() == [
         "config.json: hidden_size is 0; allowed: an integer, 1 or more",
-        "config.json: max_position_embeddings is None; allowed: an integer, 1 or more",
-        "config.json: hidden_act is missing; allowed: silu, swiglu",
-        "config.json: architecture is 'GemmaForCausalLM'; allowed: LlamaForCausalLM",
         "config.json: dtype is 'bfloat16'; allowed: float16",
-        "config.json: position_embedding_type is 'alibi'; allowed: rope_gpt_neox",
-        "config.json: qk_layernorm is True; allowed: False",
-        "config.json: quantization: quant_algo is 'W8A16'; allowed: null, W4A16_AWQ",
         "config.json: quantization: kv_cache_quant_algo is 'FP8'; allowed: null",
         "config.json: mapping.world_size is 2; allowed: 1: tp and pp are not built yet",
-        "config.json: rotary_scaling of type 'yarn'; allowed: none, linear, llama3",
+        "config.json: max_position_embeddings is None; allowed: an integer, 1 or more",
+        "config.json: quantization: quant_algo is 'W8A16'; allowed: null, W4A16_AWQ, W4A16_GPTQ",
+        "config.json: residual_mlp is True; allowed: False",
+        "config.json: hidden_act is missing; allowed: silu, swiglu",
+        "config.json: qk_layernorm is True; allowed: False",
+        "config.json: position_embedding_type is 'alibi'; allowed: rope_gpt_neox",
+        "config.json: rotary_scaling of type 'yarn'; allowed: none, linear, dynamic, llama3",
     ]
 
 
@@ -116,7 +116,7 @@ def test_a_config_lists_all_its_problems() -> None:
         (
             "quantization",
             {"group_size": 0},
-            "quantization.group_size is 0; allowed: an integer, 1 or more",
+            "quantization: group_size is 0; allowed: an integer, 1 or more",
         ),
         ("norm_epsilon", -1e-5, "norm_epsilon is -1e-05; allowed: a number above 0"),
         ("rotary_base", "1e4", "rotary_base is '1e4'; allowed: a number above 0"),
@@ -157,7 +157,7 @@ def test_heads_must_fit(tmp_path: Path) -> None:
         read_spec(json.loads((checkpoint / "config.json").read_text()), "here")
     assert str(caught.value).splitlines() == [
         "here: num_attention_heads 4 is not a multiple of num_key_value_heads 3",
-        "here: head_size is 33; allowed: an even number",
+        "here: 33 rotated channels of heads of 33; allowed: an even number, at most the head size",
     ]
 
 
@@ -165,7 +165,9 @@ def test_heads_must_fit(tmp_path: Path) -> None:
 def test_a_scaling_needs_a_factor(tmp_path: Path, factor: object) -> None:
     config = {"rotary_scaling": {"type": "linear", "factor": factor}}
     checkpoint = write_random_rank(tmp_path, quantized=False, config=config)
-    with pytest.raises(CheckpointError, match=r"rotary_scaling .*factor.*numbers above 0"):
+    with pytest.raises(
+        CheckpointError, match=r"rotary_scaling: factor is .*; allowed: a number above 0"
+    ):
         read_spec(json.loads((checkpoint / "config.json").read_text()), "here")
 
 
@@ -179,46 +181,6 @@ def test_sequences_longer_than_the_model_are_refused(fp16_checkpoint: Path, tmp_
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         export(tmp_path / "nothing", tmp_path / "out")
-
-
-# --- rotary tables against transformers ----------------------------------------------------------
-
-LLAMA_3_1_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-@pytest.mark.parametrize(
-    "scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA_3_1_SCALING]
-)
-def test_frequencies_equal_transformers(tmp_path: Path, scaling: dict[str, Any] | None) -> None:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    fields = {"rotary_base": 500000.0, "rotary_scaling": scaling, "max_position_embeddings": 131072}
-    checkpoint = write_random_rank(tmp_path, quantized=False, config=fields)
-    spec = read_spec(json.loads((checkpoint / "config.json").read_text()), "here")
-    config = LlamaConfig(
-        hidden_size=512,
-        num_attention_heads=4,
-        rope_theta=500000.0,
-        rope_scaling=scaling,
-        max_position_embeddings=131072,
-    )
-    expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
-    ours = inverse_frequencies(128, spec.rotary_base, spec.rotary_scaling)
-    # transformers computes in float32; largest relative difference seen: 3.3e-7.
-    np.testing.assert_allclose(ours, expected, rtol=1e-6)
-
-
-def test_rotary_tables_at_known_angles() -> None:
-    cos_PF, sin_PF = rotary_tables(4, 100.0, None, 3)
-    np.testing.assert_allclose(cos_PF[2], [np.cos(2.0), np.cos(0.2)], rtol=1e-15)
-    np.testing.assert_allclose(sin_PF[2], [np.sin(2.0), np.sin(0.2)], rtol=1e-15)
 
 
 # --- tensors -------------------------------------------------------------------------------------

@@ -1,0 +1,212 @@
+"""Names and shapes of the modules of one rank, as TensorRT-LLM names them.
+
+Shapes: N output features, K input features, G int4 group size, E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.network.spec import MlpForm, NetworkSpec, Norm
+
+EMBEDDING = "transformer.vocab_embedding.weight"
+POSITIONS = "transformer.position_embedding.weight"
+FINAL_NORM = "transformer.ln_f"
+HEAD = "lm_head"
+ZERO_POINT = "weights_zero_point"
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> (safetensors dtype, shape)."""
+
+
+@dataclass(frozen=True)
+class NormModule:
+    """A norm over `size` channels."""
+
+    module: str
+    size: int
+    kind: Norm
+
+    @property
+    def weight(self) -> str:
+        """Name of the scale."""
+        return f"{self.module}.weight"
+
+    @property
+    def bias(self) -> str | None:
+        """Name of the shift, if this kind of norm has one."""
+        return f"{self.module}.bias" if self.kind is Norm.LAYER else None
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of everything it must have, each F16 [size]."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of the checkpoint: weight [N, K], stored as float16 or as int4.
+
+    Attributes:
+        module: name in the network.
+        source: module whose tensors hold it; differs from `module` for one expert of a stack.
+        expert: its row in a stack of `num_experts`; None: the tensors are its own.
+        asymmetric: int4 with zero points.
+    """
+
+    module: str
+    source: str
+    num_outputs: int
+    num_inputs: int
+    quantized: bool
+    biased: bool = False
+    expert: int | None = None
+    num_experts: int = 0
+    asymmetric: bool = False
+
+    def required(self, group_size: int) -> Tensors:
+        """Everything this linear must have."""
+        n, k = self.num_outputs, self.num_inputs
+        tensors: Tensors = {}
+        if self.quantized:
+            tensors["weight"] = ("I8", (n // 2, k))
+            tensors["weights_scaling_factor"] = ("F32", (n, k // group_size))
+            if self.asymmetric:
+                tensors[ZERO_POINT] = ("I8", (n, k // group_size))
+        else:
+            tensors["weight"] = ("F16", (n, k))
+        if self.biased:
+            tensors["bias"] = ("F16", (n,))
+        return self._named(tensors)
+
+    def optional(self) -> Tensors:
+        """The same for what it may have."""
+        tensors: Tensors = {"bias": ("F16", (self.num_outputs,))}
+        if self.quantized:
+            tensors["prequant_scaling_factor"] = ("F16", (self.num_inputs,))
+        return self._named(tensors)
+
+    def _named(self, tensors: Tensors) -> Tensors:
+        stack = () if self.expert is None else (self.num_experts,)
+        return {
+            f"{self.source}.{name}": (dtype, (*stack, *shape))
+            for name, (dtype, shape) in tensors.items()
+        }
+
+
+@dataclass(frozen=True)
+class MlpModules:
+    """A feed-forward network. `fc` passes the activation (HF gate_proj); see MlpForm for `gate`."""
+
+    fc: Linear
+    gate: Linear | None
+    proj: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of execution."""
+        return (self.fc, self.proj) if self.gate is None else (self.fc, self.gate, self.proj)
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """One decoder layer.
+
+    Attributes:
+        norms: by the names that the Residual uses.
+        query_norm, key_norm: of each head.
+        router: name of the float32 [E, H] matrix that rates experts.
+        mlps: one, or one per expert.
+    """
+
+    norms: dict[str, NormModule]
+    qkv: Linear
+    dense: Linear
+    query_norm: NormModule | None
+    key_norm: NormModule | None
+    router: str | None
+    mlps: tuple[MlpModules, ...]
+
+    @property
+    def all_norms(self) -> tuple[NormModule, ...]:
+        """Every norm of the layer."""
+        heads = (norm for norm in (self.query_norm, self.key_norm) if norm is not None)
+        return (*self.norms.values(), *heads)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of execution."""
+        return (self.qkv, self.dense, *(linear for mlp in self.mlps for linear in mlp.linears))
+
+
+def layer_modules(spec: NetworkSpec, layer: int) -> LayerModules:
+    """The modules of decoder layer `layer`, counted within the rank."""
+    prefix = f"transformer.layers.{layer}"
+    features, biases = spec.features, spec.features.biases
+    heads_width = spec.num_heads * spec.head_size
+    qkv_width = heads_width + 2 * spec.num_kv_heads * spec.head_size
+
+    def linear(name: str, num_outputs: int, num_inputs: int, biased: bool) -> Linear:
+        module = f"{prefix}.{name}"
+        return Linear(
+            module,
+            module,
+            num_outputs,
+            num_inputs,
+            spec.is_quantized(module),
+            biased,
+            asymmetric=spec.asymmetric,
+        )
+
+    def head_norm(name: str) -> NormModule | None:
+        module = f"{prefix}.attention.{name}"
+        return NormModule(module, spec.head_size, Norm.RMS) if features.qk_norm else None
+
+    return LayerModules(
+        norms={
+            name: NormModule(f"{prefix}.{name}", spec.hidden_size, features.norm)
+            for name in features.residual.norms
+        },
+        qkv=linear("attention.qkv", qkv_width, spec.hidden_size, biases.qkv),
+        dense=linear("attention.dense", spec.hidden_size, heads_width, biases.dense),
+        query_norm=head_norm("q_layernorm"),
+        key_norm=head_norm("k_layernorm"),
+        router=None if features.experts is None else f"{prefix}.mlp.router.weight",
+        mlps=tuple(_mlps(spec, f"{prefix}.mlp")),
+    )
+
+
+def final_norm(spec: NetworkSpec) -> NormModule:
+    """The norm before lm_head."""
+    return NormModule(FINAL_NORM, spec.hidden_size, spec.features.norm)
+
+
+def _mlps(spec: NetworkSpec, prefix: str) -> Iterator[MlpModules]:
+    features = spec.features
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    num_experts = 0 if features.experts is None else features.experts.num_experts
+
+    def linear(name: str, num_outputs: int, num_inputs: int, expert: int | None) -> Linear:
+        source = f"{prefix}.{name}"
+        return Linear(
+            module=source if expert is None else f"{prefix}.experts.{expert}.{name}",
+            source=source,
+            num_outputs=num_outputs,
+            num_inputs=num_inputs,
+            quantized=spec.is_quantized(source),
+            biased=features.biases.mlp,
+            expert=expert,
+            num_experts=num_experts,
+            asymmetric=spec.asymmetric,
+        )
+
+    fc_width = 2 * ffn if features.mlp_form is MlpForm.FUSED else ffn
+    gated = features.mlp_form is MlpForm.GATED
+    experts: tuple[int | None, ...] = tuple(range(num_experts)) or (None,)
+    for expert in experts:
+        yield MlpModules(
+            fc=linear("fc", fc_width, hidden, expert),
+            gate=linear("gate", ffn, hidden, expert) if gated else None,
+            proj=linear("proj", hidden, ffn, expert),
+        )
