@@ -13,15 +13,18 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import LaunchMode
 from pipeline.errors import PipelineError, Problem, StageError, ToolError, error_from_json
+from pipeline.memory import free_memory_bytes
 from pipeline.orphans import die_with_parent
 
 _LOG_TAIL_LINES = 15
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,39 @@ def run_ranks(
         for job in jobs:
             _finished_marker(job).unlink(missing_ok=True)
             _failed_marker(job).unlink(missing_ok=True)
+
+
+def run_at_once(jobs: Sequence[RankJob]) -> None:
+    """Run all jobs at the same time, without MPI: for work that needs no other rank.
+
+    Raises:
+        StageError: one failed; the others were ended.
+    """
+    running: list[tuple[RankJob, subprocess.Popen[bytes]]] = []
+    try:
+        for job in jobs:
+            with Path(job.log_path).open("ab") as log:
+                command = [sys.executable, "-m", job.module, job.argument]
+                running.append((job, subprocess.Popen(command, stdout=log, stderr=log)))
+        unfinished = list(running)
+        while unfinished:
+            for job, process in list(unfinished):
+                code = process.poll()
+                if code is not None:
+                    unfinished.remove((job, process))
+                if code:
+                    raise _failure(job, code)
+            time.sleep(_POLL_S)
+    finally:
+        for _, process in running:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+
+
+def processes_that_fit(bytes_each: int, at_most: int) -> int:
+    """How many processes to run at once: as cores and half of the free memory allow, at least one."""
+    fitting = free_memory_bytes() // 2 // bytes_each
+    return max(1, min(at_most, fitting, len(os.sched_getaffinity(0))))
 
 
 def _run_one(job: RankJob) -> None:

@@ -1,8 +1,9 @@
 """Named axes, ranks, and the one rule of how a stored tensor is cut for tensor and pipeline parallelism.
 
 Tensor parallelism cuts a dimension if and only if its axis is in `CUT_AXES`: Q and KV at whole heads,
-FFN and VOCAB at single rows. KV heads are repeated when there are more ranks than heads; VOCAB is padded
-with zero rows to a multiple of tp. Pipeline parallelism cuts the list of layers.
+the others at single rows. KV heads are repeated when there are more ranks than heads; VOCAB and POSITION
+are padded with zero rows to a multiple of tp, any axis to `Extent.padded_units`. Pipeline parallelism
+cuts the list of layers.
 The rules and the rank algebra are those of TensorRT-LLM 1.x.
 """
 
@@ -29,20 +30,33 @@ class Axis(Enum):
     KV = "num_key_value_heads"
     FFN = "intermediate_size"
     VOCAB = "vocab_size"
+    HEAD = "head_dim"
+    POSITION = "max_position_embeddings"
+    EXPERT = "num_local_experts"  # rows of the router, which every rank holds whole
+    EXPERT_FFN = "intermediate_size of an expert"
 
 
-CUT_AXES = frozenset({Axis.Q, Axis.KV, Axis.FFN, Axis.VOCAB})
+CUT_AXES = frozenset({Axis.Q, Axis.KV, Axis.FFN, Axis.VOCAB, Axis.POSITION, Axis.EXPERT_FFN})
+PADDED_AXES = frozenset({Axis.VOCAB, Axis.POSITION})
+"""Rows of embedding tables, which TensorRT-LLM cuts alike."""
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """Where one rank stands: rank = pp_rank * tp + tp_rank."""
+    """Where one rank stands: rank = pp_rank * tp + tp_rank.
+
+    The tensor-parallel ranks of a stage share out experts in `moe_ep` blocks, and within a block cut
+    each expert: tp_rank = moe_tp_rank * moe_ep + moe_ep_rank.
+    """
 
     tp: int = 1
     pp: int = 1
     rank: int = 0
+    moe_ep: int = 1
 
     def __post_init__(self) -> None:
+        assert self.moe_ep >= 1, self
+        assert self.tp % self.moe_ep == 0, self
         assert self.tp >= 1, self
         assert self.pp >= 1, self
         assert 0 <= self.rank < self.tp * self.pp, self
@@ -62,10 +76,32 @@ class Mapping:
         """Which stage of layers this rank holds."""
         return self.rank // self.tp
 
+    @property
+    def moe_tp(self) -> int:
+        """Ranks that share one expert."""
+        return self.tp // self.moe_ep
 
-def mappings(tp: int, pp: int) -> list[Mapping]:
+    @property
+    def moe_tp_rank(self) -> int:
+        """Which slice of its experts this rank holds."""
+        return self.tp_rank // self.moe_ep
+
+    @property
+    def moe_ep_rank(self) -> int:
+        """Which block of experts this rank holds."""
+        return self.tp_rank % self.moe_ep
+
+
+def mappings(tp: int, pp: int, moe_ep: int = 1) -> list[Mapping]:
     """The mapping of every rank, in rank order."""
-    return [Mapping(tp, pp, rank) for rank in range(tp * pp)]
+    return [Mapping(tp, pp, rank, moe_ep) for rank in range(tp * pp)]
+
+
+def experts_of_rank(num_experts: int, mapping: Mapping) -> range:
+    """The experts that a rank holds, whole or in part; moe_ep must divide their number."""
+    assert num_experts % mapping.moe_ep == 0, (num_experts, mapping)
+    count = num_experts // mapping.moe_ep
+    return range(mapping.moe_ep_rank * count, (mapping.moe_ep_rank + 1) * count)
 
 
 def layers_of_stage(num_layers: int, pp: int, pp_rank: int) -> range:
@@ -83,14 +119,16 @@ class Extent:
     Attributes:
         units: how many pieces may not be cut further: heads for Q and KV, else rows.
         unit_size: elements of one unit: head_size for Q and KV, else 1.
+        padded_units: with units of zeros behind the real ones, where ranks hold them; 0: none.
     """
 
     units: int
     unit_size: int = 1
+    padded_units: int = 0
 
     @property
     def size(self) -> int:
-        """Elements of the whole axis."""
+        """Elements of the whole axis, without padding."""
         return self.units * self.unit_size
 
 
@@ -128,7 +166,7 @@ class Part:
 
 
 def why_not(dim: Dim, tp: int) -> str:
-    """Why `dim` cannot be cut for `tp` ranks; empty when it can."""
+    """Why `dim` cannot be cut for `tp` ranks (moe_tp for EXPERT_FFN); empty when it can."""
     extent, name = dim.extent, dim.axis.value
     if extent.size % dim.divisor:
         return f"{name}: {extent.size} elements are not a multiple of {dim.divisor}"
@@ -146,8 +184,8 @@ def why_not(dim: Dim, tp: int) -> str:
 
 
 def _units_per_rank(dim: Dim, tp: int) -> int | None:
-    units = dim.extent.units
-    if dim.axis is Axis.VOCAB:
+    units = dim.extent.padded_units or dim.extent.units
+    if dim.axis in PADDED_AXES:
         return -(-units // tp)
     if units % tp == 0:
         return units // tp
@@ -158,15 +196,16 @@ def _units_per_rank(dim: Dim, tp: int) -> int | None:
 
 def part(dim: Dim, mapping: Mapping) -> Part:
     """The part of `dim` that a rank holds. The cut must be legal (`why_not` is empty)."""
-    assert not why_not(dim, mapping.tp), why_not(dim, mapping.tp)
+    tp, tp_rank = mapping.tp, mapping.tp_rank
+    if dim.axis is Axis.EXPERT_FFN:
+        tp, tp_rank = mapping.moe_tp, mapping.moe_tp_rank
+    assert not why_not(dim, tp), why_not(dim, tp)
     if dim.axis not in CUT_AXES:
         return Part(0, dim.size)
-    units = _units_per_rank(dim, mapping.tp)
+    units = _units_per_rank(dim, tp)
     assert units is not None
-    repeated = dim.axis is Axis.KV and dim.extent.units < mapping.tp
-    first = (
-        mapping.tp_rank * dim.extent.units // mapping.tp if repeated else mapping.tp_rank * units
-    )
+    repeated = dim.axis is Axis.KV and dim.extent.units < tp
+    first = tp_rank * dim.extent.units // tp if repeated else tp_rank * units
     stored = dim.extent.unit_size
     start = min(first * stored // dim.divisor, dim.size)
     stop = min((first + units) * stored // dim.divisor, dim.size)

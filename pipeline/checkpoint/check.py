@@ -6,15 +6,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pipeline.checkpoint.layout import SourceTensor, planned_sources
-from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.errors import Problem
 from pipeline.models import ARCHITECTURES, ModelShape
 from pipeline.quant.formats import PLAIN, QuantFormat
 
 
-def check_checkpoint(
-    reader: CheckpointReader, shape: ModelShape, fmt: QuantFormat
-) -> list[Problem]:
+def check_checkpoint(reader: TensorReader, shape: ModelShape, fmt: QuantFormat) -> list[Problem]:
     """Every tensor that is missing, unused, or of the wrong shape or dtype. Reads no data."""
     sources = planned_sources(shape, fmt)
     missing = _missing(reader, sources)
@@ -57,7 +55,7 @@ def ignored_names(shape: ModelShape) -> set[str]:
     }
 
 
-def _missing(reader: CheckpointReader, sources: Iterable[SourceTensor]) -> list[SourceTensor]:
+def _missing(reader: TensorReader, sources: Iterable[SourceTensor]) -> list[SourceTensor]:
     """Required ones that are not there, and optional ones that only some layers or parts have."""
     listed = list(sources)
     kinds = Counter(source.kind for source in listed if source.name in reader.tensors)
@@ -76,7 +74,7 @@ def _missing_problem(source: SourceTensor, shape: ModelShape) -> Problem:
     return Problem(source.name, what, f"{source.dtypes[0]} {list(source.shape)}", fix)
 
 
-def _mismatches(reader: CheckpointReader, source: SourceTensor) -> list[Problem]:
+def _mismatches(reader: TensorReader, source: SourceTensor) -> list[Problem]:
     tensor = reader.tensors[source.name]
     problems = []
     if tensor.shape != source.shape:

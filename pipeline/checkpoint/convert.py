@@ -1,13 +1,16 @@
 """Hugging Face checkpoint to TensorRT-LLM checkpoint, a block of rows at a time.
 
-Every block of a source is read once, cast once, and its part written to each rank of the stage. The
-parts of fused sources land at consecutive rows, so nothing is ever assembled in memory.
+Every block of a source is cast once, and its part written to each rank of the stage. How much is read
+at a time is the reader's and `source_blocks`' business: rows of 2 MB, more for a transposed weight (in
+several passes), a whole linear of AutoAWQ or GPTQ. The parts of fused sources land at consecutive rows,
+so nothing is ever assembled in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +23,25 @@ from pipeline.checkpoint.dtypes import NUMPY_DTYPES
 from pipeline.checkpoint.layout import (
     SourceTensor,
     TargetTensor,
-    layer_targets,
     mapping_problems,
+    planned_bytes,
     planned_tensors,
-    scope_targets,
+    stage_targets,
 )
-from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.options import ConvertOptions
+from pipeline.checkpoint.padding import padded_shape
 from pipeline.checkpoint.source import HfCheckpoint, open_checkpoint
+from pipeline.checkpoint.source_blocks import source_blocks
+from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.checkpoint.trtllm_config import CONFIG_FILE, trtllm_config, write_trtllm_config
-from pipeline.checkpoint.writer import SafetensorsWriter
+from pipeline.checkpoint.writer import SafetensorsWriter, check_room
 from pipeline.errors import CheckpointError, PlanError, Problem
-from pipeline.models import Scope
-from pipeline.parallel import Mapping, Part, layers_of_stage, mappings, part
+from pipeline.parallel import Mapping, Part, mappings, part
 from pipeline.progress import Progress
 
 __all__ = ["check_checkpoint", "convert_checkpoint", "rank_path"]
+
+DEFAULT = ConvertOptions()
 
 Array = npt.NDArray[Any]
 
@@ -45,13 +52,20 @@ def rank_path(checkpoint_dir: Path, rank: int) -> Path:
 
 
 def convert_checkpoint(
-    source_dir: Path, out_dir: Path, *, tp: int, pp: int, progress: Progress
+    source_dir: Path,
+    out_dir: Path,
+    *,
+    tp: int,
+    pp: int,
+    moe_ep: int = 1,
+    progress: Progress,
+    options: ConvertOptions = DEFAULT,
 ) -> None:
     """Writes config.json and rank{0..tp*pp-1}.safetensors into `out_dir`, which must exist.
 
     Floats become float16; packed int4 and its scales are cut and joined as they are. Where the source
-    folded a pre-quant scale into the norm before it, ones are written in its place. Holds some
-    tens of megabytes, whatever the size of the model.
+    folded a pre-quant scale into the norm before it, ones are written in its place. Holds a few
+    blocks (see the module), whatever the size of the model.
 
     Raises:
         CheckpointError: everything that is missing, unused, or of the wrong shape or dtype (before
@@ -59,22 +73,106 @@ def convert_checkpoint(
         PlanError: the model cannot be cut this way; names the legal choices.
         StageError: not enough room on the disk.
     """
-    checkpoint = open_checkpoint(source_dir)
+    checkpoint = checked_source(source_dir, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, options=options)
+    progress.start(num_targets(checkpoint, pp), "tensors")
+    problems = convert_stages(
+        checkpoint,
+        out_dir,
+        range(pp),
+        tp=tp,
+        pp=pp,
+        moe_ep=moe_ep,
+        progress=progress,
+        options=options,
+    )
+    if problems:
+        raise CheckpointError(problems)
+    write_config(checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep)
+
+
+def open_source(source_dir: Path, *, tp: int, options: ConvertOptions) -> HfCheckpoint:
+    """The source as `options` ask for it to be converted; headers only. Raises CheckpointError."""
+    checkpoint = open_checkpoint(source_dir, requantize=options.requantize_asymmetric)
+    if not options.pad_ffn:
+        return checkpoint
+    return replace(checkpoint, shape=padded_shape(checkpoint.shape, checkpoint.format, tp))
+
+
+def checked_source(
+    source_dir: Path,
+    out_dir: Path,
+    *,
+    tp: int,
+    pp: int,
+    moe_ep: int = 1,
+    options: ConvertOptions = DEFAULT,
+) -> HfCheckpoint:
+    """The source, after everything that can be checked before a byte is written.
+
+    Raises:
+        CheckpointError, PlanError, StageError: as `convert_checkpoint`.
+    """
+    checkpoint = open_source(source_dir, tp=tp, options=options)
     problems = check_checkpoint(checkpoint.reader, checkpoint.shape, checkpoint.format)
     if problems:
         raise CheckpointError(problems)
-    illegal = mapping_problems(checkpoint.shape, checkpoint.format, tp, pp)
+    illegal = mapping_problems(checkpoint.shape, checkpoint.format, tp, pp, moe_ep)
     if illegal:
         raise PlanError(illegal)
+    sizes = [
+        planned_bytes(checkpoint.shape, checkpoint.format, mapping)
+        for mapping in mappings(tp, pp, moe_ep)
+    ]
+    check_room(out_dir, sum(sizes))
     _check_tied(checkpoint)
-    caster = Caster()
-    progress.start(checkpoint.shape.num_layers, "layers")
-    for pp_rank in range(pp):
-        ranks = [mapping for mapping in mappings(tp, pp) if mapping.pp_rank == pp_rank]
+    return checkpoint
+
+
+def num_targets(checkpoint: HfCheckpoint, pp: int) -> int:
+    """How many times `convert_stages` reports progress for all stages."""
+    return sum(
+        1
+        for pp_rank in range(pp)
+        for _ in stage_targets(checkpoint.shape, checkpoint.format, pp, pp_rank)
+    )
+
+
+def convert_stages(
+    checkpoint: HfCheckpoint,
+    out_dir: Path,
+    stages: Iterable[int],
+    *,
+    tp: int,
+    pp: int,
+    moe_ep: int = 1,
+    progress: Progress,
+    options: ConvertOptions = DEFAULT,
+) -> list[Problem]:
+    """Writes the rank files of some pipeline stages, which depend on no other stage.
+
+    Returns:
+        Every tensor with values that float16 cannot hold: the files must not be used then.
+
+    Raises:
+        CheckpointError, StageError: as `convert_checkpoint`.
+    """
+    caster = Caster(allow_not_finite=options.allow_not_finite)
+    for pp_rank in stages:
+        ranks = [mapping for mapping in mappings(tp, pp, moe_ep) if mapping.pp_rank == pp_rank]
         _convert_stage(checkpoint, out_dir, ranks, caster, progress)
-    if caster.problems:
-        raise CheckpointError(caster.problems)
-    config = trtllm_config(checkpoint.shape, checkpoint.format, tp=tp, pp=pp)
+    for name, count in caster.not_finite.items():
+        if options.allow_not_finite:
+            progress.say(
+                f"{name}: {count} values are NaN or Inf; convert.allow_not_finite keeps them"
+            )
+    return caster.problems
+
+
+def write_config(
+    checkpoint: HfCheckpoint, out_dir: Path, *, tp: int, pp: int, moe_ep: int = 1
+) -> None:
+    """Writes config.json, which makes rank files a checkpoint: the last step."""
+    config = trtllm_config(checkpoint.shape, checkpoint.format, tp=tp, pp=pp, moe_ep=moe_ep)
     write_trtllm_config(out_dir / CONFIG_FILE, config)
 
 
@@ -86,7 +184,7 @@ def _convert_stage(
     progress: Progress,
 ) -> None:
     shape, fmt = checkpoint.shape, checkpoint.format
-    pp, pp_rank = ranks[0].pp, ranks[0].pp_rank
+    targets = list(stage_targets(shape, fmt, ranks[0].pp, ranks[0].pp_rank))
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
@@ -97,13 +195,22 @@ def _convert_stage(
             for mapping in ranks
         ]
         stage = _StageWriter(checkpoint.reader, list(zip(ranks, writers, strict=True)), caster)
-        if pp_rank == 0:
-            stage.write_all(scope_targets(shape, fmt, Scope.FIRST))
-        for local_layer, layer in enumerate(layers_of_stage(shape.num_layers, pp, pp_rank)):
-            stage.write_all(layer_targets(shape, fmt, layer, local_layer))
-            progress.advance(f"layer {layer}")
-        if pp_rank == pp - 1:
-            stage.write_all(scope_targets(shape, fmt, Scope.LAST))
+        for target in _in_file_order(targets, checkpoint.reader):
+            stage.write(target)
+            progress.advance(target.name)
+
+
+def _in_file_order(targets: Iterable[TargetTensor], reader: TensorReader) -> list[TargetTensor]:
+    """By the first of their sources in the files: files are read front to back.
+
+    A fused target reads its other sources when its first one comes; they lie close by.
+    """
+    positions = {name: index for index, name in enumerate(reader.tensors)}
+    last = len(positions)
+    return sorted(
+        targets,
+        key=lambda target: min(positions.get(source.name, last) for source in target.sources),
+    )
 
 
 class _StageWriter:
@@ -111,7 +218,7 @@ class _StageWriter:
 
     def __init__(
         self,
-        reader: CheckpointReader,
+        reader: TensorReader,
         ranks: Sequence[tuple[Mapping, SafetensorsWriter]],
         caster: Caster,
     ) -> None:
@@ -119,29 +226,39 @@ class _StageWriter:
         self._ranks = ranks
         self._caster = caster
 
-    def write_all(self, targets: Iterable[TargetTensor]) -> None:
-        for target in targets:
-            if all(source.name not in self._reader.tensors for source in target.sources):
-                self._fill(target)
-            elif target.joined:
-                self._join(target)
-            else:
-                self._write_same(target)
+    def write(self, target: TargetTensor) -> None:
+        if all(source.name not in self._reader.tensors for source in target.sources):
+            self._fill(target)
+        elif target.joined:
+            self._join(target)
+        else:
+            self._write_same(target)
 
     def _join(self, target: TargetTensor) -> None:
         first_rows = [0] * len(self._ranks)
         for source in target.sources:
-            for start, block in self._reader.row_blocks(source.name):
+            holders = [
+                index
+                for index, (mapping, _) in enumerate(self._ranks)
+                if source in target.held_sources(mapping)
+            ]
+            for start, block in source_blocks(self._reader, source):
                 values = self._caster.cast(source.name, block, target.dtype)
-                for (mapping, writer), first_row in zip(self._ranks, first_rows, strict=True):
-                    _write_block(writer, target, first_row, source, start, values, mapping)
-            for index, (mapping, writer) in enumerate(self._ranks):
+                for index in holders:
+                    mapping, writer = self._ranks[index]
+                    _write_block(writer, target, first_rows[index], source, start, values, mapping)
+            for index in holders:
+                mapping, writer = self._ranks[index]
                 rows = part(source.dims[0], mapping)
-                _write_padding(writer, target, first_rows[index], rows, mapping)
+                _write_padding(writer, target, first_rows[index], source, mapping)
                 first_rows[index] += rows.size
 
     def _write_same(self, target: TargetTensor) -> None:
-        """For a scale of the input channels: fused linears share their input, hence the scale."""
+        """For a scale of which the target has only one: linears are fused if theirs are equal.
+
+        The scale of the input is so by nature, as they share their input; one for a whole weight is
+        if they were quantized together.
+        """
         first, *others = (
             self._caster.cast(source.name, self._reader.read(source.name), target.dtype)
             for source in target.sources
@@ -152,11 +269,16 @@ class _StageWriter:
             if other.tobytes() != first.tobytes()
         ]
         if different:
-            what = f"differs from {target.sources[0].name}, but both scale the same input"
+            what = (
+                f"differs from {target.sources[0].name}, but both become the one scale of a fused "
+                f"linear ({target.name})"
+            )
             raise CheckpointError(Problem(name, what) for name in different)
         for mapping, writer in self._ranks:
-            cut = tuple(_slice(part(dim, mapping)) for dim in target.sources[0].dims)
-            writer.write(target.name, first[cut])
+            parts = [part(dim, mapping) for dim in target.sources[0].dims]
+            values = first[tuple(_slice(one) for one in parts)]
+            padded = _padded(values, parts, target.fill or 0)
+            writer.write(target.name, padded.reshape(target.spec(mapping).shape))
 
     def _fill(self, target: TargetTensor) -> None:
         assert target.fill is not None, f"{target.name}: check_checkpoint let a gap through"
@@ -179,24 +301,34 @@ def _write_block(
     low, high = max(start, rows.start), min(start + len(values), rows.stop)
     if low < high:
         cut = (slice(low - start, high - start), *(_slice(column) for column in columns))
-        writer.write_rows(target.name, first_row + low - rows.start, values[cut])
+        parts = [Part(0, high - low), *columns]
+        padded = _padded(values[cut], parts, 0)
+        writer.write_rows(target.name, first_row + low - rows.start, padded)
 
 
 def _write_padding(
     writer: SafetensorsWriter,
     target: TargetTensor,
     first_row: int,
-    rows: Part,
+    source: SourceTensor,
     mapping: Mapping,
 ) -> None:
+    rows, *columns = (part(dim, mapping) for dim in source.dims)
     if rows.padding:
-        shape = (rows.padding, *target.spec(mapping).shape[1:])
+        shape = (rows.padding, *(column.size for column in columns))
         zeros = np.zeros(shape, NUMPY_DTYPES[target.dtype])
         writer.write_rows(target.name, first_row + rows.stop - rows.start, zeros)
 
 
+def _padded(values: Array, parts: Sequence[Part], fill: float) -> Array:
+    """`values` with what each part has of padding behind it."""
+    widths = [(0, one.padding) for one in parts]
+    if not any(after for _, after in widths):
+        return values
+    return np.pad(values, widths, constant_values=fill)
+
+
 def _slice(cut: Part) -> slice:
-    assert not cut.padding, "only rows are padded"
     return slice(cut.start, cut.stop)
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -28,6 +31,8 @@ from pipeline.quant.formats import FORMATS
 MAX_SHARD_BYTES = 2 << 30
 _WEIGHT_STD = 0.02
 _NORM_STD = 0.1
+_CHUNK = 32768
+"""Values drawn at a time: draws, indices and table stay in the CPU's cache. A multiple of four."""
 _METADATA = {"format": "pt"}  # transformers refuses files that do not say so
 
 Float16Array = npt.NDArray[np.float16]
@@ -43,8 +48,9 @@ def write_synthetic(
 ) -> None:
     """Writes a float16 checkpoint in Hugging Face layout, without tokenizer, into `out_dir`.
 
-    Weights are normal with standard deviation 0.02, norms normal around 1 with 0.1. `config.json` is
-    `hf_config` with its dtype set to float16. Holds some tens of megabytes, whatever the size.
+    Weights are normal with standard deviation 0.02, norms normal around 1 with 0.1, biases and norms
+    stored as a difference from 1 like weights. `config.json` is `hf_config` with its dtype set to
+    float16. Holds a few megabytes for each core, whatever the size.
 
     Raises:
         CheckpointError: `hf_config` is not a supported architecture, or fields are wrong.
@@ -54,6 +60,11 @@ def write_synthetic(
     sources = planned_sources(shape, FORMATS["fp16"])
     shards = _shards([_spec(source) for source in sources], max_shard_bytes)
     weights, norms = _quantiles(0.0, _WEIGHT_STD), _quantiles(1.0, _NORM_STD)
+    around_one = {
+        source.name
+        for source in sources
+        if len(source.shape) == 1 and not source.name.endswith(".bias") and not source.offset
+    }
     progress.start(len(sources), "tensors")
     files = {}
     for index, specs in enumerate(shards):
@@ -61,10 +72,8 @@ def write_synthetic(
         if len(shards) > 1:
             name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         with SafetensorsWriter(out_dir / name, specs, _METADATA) as writer:
-            for spec in specs:
-                table = norms if len(spec.shape) == 1 else weights
-                for first_row, rows in _random_rows(spec, seed, table):
-                    writer.write_rows(spec.name, first_row, rows)
+            fill = partial(_fill, writer, seed, weights, norms, around_one)
+            for spec in _in_threads(fill, specs):
                 files[spec.name] = name
                 progress.advance(spec.name)
     if len(shards) > 1:
@@ -98,6 +107,32 @@ def _quantiles(mean: float, std: float) -> Float16Array:
     return np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float16)
 
 
+def _in_threads(
+    fill: Callable[[TensorSpec], None], specs: Sequence[TensorSpec]
+) -> Iterator[TensorSpec]:
+    """Calls `fill` for every spec, on all cores; drawing, looking up and writing leave the GIL."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            for spec, _ in zip(specs, pool.map(fill, specs), strict=True):
+                yield spec
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, do not finish the file
+
+
+def _fill(
+    writer: SafetensorsWriter,
+    seed: int,
+    weights: Float16Array,
+    norms: Float16Array,
+    around_one: Container[str],
+    spec: TensorSpec,
+) -> None:
+    """Writes one tensor."""
+    table = norms if spec.name in around_one else weights
+    for first_row, rows in _random_rows(spec, seed, table):
+        writer.write_rows(spec.name, first_row, rows)
+
+
 def _random_rows(
     spec: TensorSpec, seed: int, table: Float16Array
 ) -> Iterator[tuple[int, Float16Array]]:
@@ -110,9 +145,16 @@ def _random_rows(
     step = -(-step // 4) * 4
     for start in range(0, spec.shape[0], step):
         num_rows = min(step, spec.shape[0] - start)
-        draws = generator.random_raw(-(-num_rows * row_size // 4)).astype("<u8", copy=False)
-        values = table[draws.view("<u2")[: num_rows * row_size]]
+        values = np.empty(num_rows * row_size, np.float16)
+        for first in range(0, values.size, _CHUNK):
+            _draw(generator, table, values[first : first + _CHUNK])
         yield start, values.reshape(num_rows, *spec.shape[1:])
+
+
+def _draw(generator: np.random.Philox, table: Float16Array, out: Float16Array) -> None:
+    """Fills `out`. numpy looks up by intp only; "clip" spares it a pass over the indices."""
+    draws = generator.random_raw(-(-out.size // 4)).astype("<u8", copy=False)
+    np.take(table, draws.view("<u2")[: out.size].astype(np.intp), out=out, mode="clip")
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

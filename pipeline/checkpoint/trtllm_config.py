@@ -1,7 +1,12 @@
 """config.json of a TensorRT-LLM checkpoint.
 
-Only keys that the reader of TensorRT-LLM 1.2.1 knows (PretrainedConfig and LLaMAConfig), none of the
-leftovers of ModelOpt's exporter. `mapping` holds the three keys that every version from 0.12 on takes.
+Only keys that the reader of TensorRT-LLM 1.2.1 knows (PretrainedConfig and the class of the
+architecture), none of the leftovers of ModelOpt's exporter; and one of ours in a padded checkpoint,
+`unpadded_intermediate_size`. `mapping` holds the three keys that every version from 0.12 on takes, and
+two more for a mixture of experts.
+
+TensorRT-LLM cannot load `int4_gptq` (zero points): keys and tensor names are still its own, but the
+rank files hold codes and zero points in a layout of ours (`quant.formats`).
 """
 
 from __future__ import annotations
@@ -10,15 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.models import ModelShape
+from pipeline.checkpoint.padding import padding_record
+from pipeline.models import ARCHITECTURES, ModelShape
 from pipeline.quant.formats import QuantFormat
 
 CONFIG_FILE = "config.json"
 
 
-def trtllm_config(shape: ModelShape, fmt: QuantFormat, *, tp: int, pp: int) -> dict[str, Any]:
+def trtllm_config(
+    shape: ModelShape, fmt: QuantFormat, *, tp: int, pp: int, moe_ep: int = 1
+) -> dict[str, Any]:
     """The content of config.json; sizes are global, not per rank."""
-    scaling = shape.rotary_scaling
     return {
         "architecture": shape.architecture,
         "dtype": "float16",
@@ -31,21 +38,23 @@ def trtllm_config(shape: ModelShape, fmt: QuantFormat, *, tp: int, pp: int) -> d
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_kv_heads,
         "head_size": shape.head_size,
-        "intermediate_size": shape.intermediate_size,
+        "intermediate_size": shape.padded_intermediate_size or shape.intermediate_size,
         "hidden_act": shape.hidden_act,
         "norm_epsilon": shape.norm_epsilon,
         "max_position_embeddings": shape.max_position_embeddings,
-        "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": shape.rotary_base,
-        "rotary_scaling": None if scaling is None else scaling.to_dict(),
-        "qk_layernorm": False,
-        "attn_bias": shape.attention_bias,
-        "mlp_bias": shape.mlp_bias,
+        "position_embedding_type": shape.position_embedding,
+        **_rotary(shape),
+        "qk_layernorm": shape.qk_norm,
+        **shape.config_fields,
+        **_windows(shape),
+        **_experts(shape),
+        **_shared_head(shape, pp),
         # The embedding is cut along the vocabulary, as our rank files are.
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
-        "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp},
+        "mapping": _mapping(shape, tp, pp, moe_ep),
         "quantization": _quantization(fmt),
+        **padding_record(shape),
     }
 
 
@@ -54,15 +63,64 @@ def write_trtllm_config(path: Path, config: dict[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _rotary(shape: ModelShape) -> dict[str, Any]:
+    if not shape.position_embedding.startswith(("rope", "long_rope")):
+        return {}
+    scaling = shape.rotary_scaling
+    fields: dict[str, Any] = {"rotary_base": shape.rotary_base, "rotary_scaling": None}
+    if scaling is not None and scaling.kind == "longrope":
+        assert scaling.short_factor is not None
+        assert scaling.long_factor is not None
+        fields["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        fields["longrope_scaling_short_factors"] = list(scaling.short_factor)
+        fields["longrope_scaling_long_factors"] = list(scaling.long_factor)
+    elif scaling is not None:
+        fields["rotary_scaling"] = scaling.to_dict()
+    return fields
+
+
+def _windows(shape: ModelShape) -> dict[str, Any]:
+    """TensorRT-LLM repeats the list over the layers."""
+    if not shape.attention_windows:
+        return {}
+    return {"runtime_defaults": {"max_attention_window": list(shape.attention_windows)}}
+
+
+def _experts(shape: ModelShape) -> dict[str, Any]:
+    if not shape.num_experts:
+        return {}
+    return {
+        "moe": {
+            "num_experts": shape.num_experts,
+            "top_k": shape.experts_per_token,
+            "normalization_mode": 1,  # the weights of the chosen experts add up to 1
+        }
+    }
+
+
+def _shared_head(shape: ModelShape, pp: int) -> dict[str, Any]:
+    if not ARCHITECTURES[shape.architecture].shares_head:
+        return {}
+    return {"share_embedding_table": pp == 1}
+
+
+def _mapping(shape: ModelShape, tp: int, pp: int, moe_ep: int) -> dict[str, int]:
+    mapping = {"world_size": tp * pp, "tp_size": tp, "pp_size": pp}
+    if shape.num_experts:
+        mapping |= {"moe_tp_size": tp // moe_ep, "moe_ep_size": moe_ep}
+    return mapping
+
+
 def _quantization(fmt: QuantFormat) -> dict[str, Any]:
     if fmt.quant_algo is None:
         return {"quant_algo": None, "kv_cache_quant_algo": None}
-    return {
-        "quant_algo": fmt.quant_algo,
-        "kv_cache_quant_algo": None,
-        "group_size": fmt.group_size,
-        "has_zero_point": False,
-        # Without it TensorRT-LLM makes no parameter for the pre-quant scales and rejects the tensors.
-        "pre_quant_scale": True,
-        "exclude_modules": ["lm_head"],
-    }
+    fields: dict[str, Any] = {"quant_algo": fmt.quant_algo, "kv_cache_quant_algo": None}
+    if fmt.group_size is not None:
+        fields |= {
+            "group_size": fmt.group_size,
+            "has_zero_point": fmt.has_zero_point,
+            # Without it TensorRT-LLM makes no parameter for the pre-quant scales of AWQ and rejects
+            # the tensors.
+            "pre_quant_scale": not fmt.has_zero_point,
+        }
+    return fields | {"exclude_modules": ["lm_head"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -41,6 +42,22 @@ def file_bytes(specs: Iterable[TensorSpec], metadata: dict[str, str] | None = No
     return _LENGTH_BYTES + len(_header(listed, metadata)) + sum(spec.nbytes for spec in listed)
 
 
+def check_room(directory: Path, size: int) -> None:
+    """Whether `size` bytes fit on the disk of `directory`.
+
+    Raises:
+        StageError: they do not; says how much is needed.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise StageError(_no_room(directory, size, free))
+
+
+def _no_room(where: Path, size: int, free: int) -> Problem:
+    what = f"needs {size} bytes, {free} are free on the disk"
+    return Problem(str(where), what, fix="make room, or publish elsewhere")
+
+
 class SafetensorsWriter:
     """Lays the file out from declared shapes, then takes tensors, whole or by rows, in any order.
 
@@ -67,6 +84,7 @@ class SafetensorsWriter:
         for spec in ordered:
             self._offsets[spec.name] = position
             position += spec.nbytes
+        self._size = position
         self._missing_bytes = {spec.name: spec.nbytes for spec in ordered}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -83,11 +101,16 @@ class SafetensorsWriter:
         self._put(spec, values, 0)
 
     def write_rows(self, name: str, first_row: int, values: npt.NDArray[Any]) -> None:
-        """Rows from `first_row` on. Every row must be written exactly once."""
+        """Rows from `first_row` on. Every row must be written exactly once.
+
+        `values` may have fewer dimensions than the tensor; rows then count over all leading ones.
+        """
         spec = self._specs[name]
-        assert values.shape[1:] == spec.shape[1:], (name, values.shape, spec.shape)
-        assert 0 <= first_row <= spec.shape[0] - values.shape[0], (name, first_row, values.shape)
-        self._put(spec, values, first_row * (spec.nbytes // max(spec.shape[0], 1)))
+        leading = len(spec.shape) - values.ndim + 1
+        num_rows = math.prod(spec.shape[:leading])
+        assert values.shape[1:] == spec.shape[leading:], (name, values.shape, spec.shape)
+        assert 0 <= first_row <= num_rows - values.shape[0], (name, first_row, values.shape)
+        self._put(spec, values, first_row * (spec.nbytes // max(num_rows, 1)))
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -118,9 +141,15 @@ class SafetensorsWriter:
         self._pwrite(data.data, self._offsets[spec.name] + offset)
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.pwrite(self._file, data, offset)
-            data, offset = data[count:], offset + count
+        try:
+            while data:
+                count = os.pwrite(self._file, data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            # Room was reserved; some file systems take it back, and any disk can break.
+            what = f"cannot be written: {error.strerror}; it needs {self._size} bytes in all"
+            fix = "make room, or look at the disk"
+            raise StageError(Problem(str(self._path), what, fix=fix)) from error
 
     def _reserve(self, size: int) -> None:
         try:
@@ -129,10 +158,7 @@ class SafetensorsWriter:
             if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
             free = shutil.disk_usage(self._path.parent).free
-            what = f"needs {size} bytes, {free} are free on the disk"
-            raise StageError(
-                Problem(str(self._path), what, fix="make room, or publish elsewhere")
-            ) from error
+            raise StageError(_no_room(self._path, size, free)) from error
 
     def _abandon(self) -> None:
         os.close(self._file)

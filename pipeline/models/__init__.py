@@ -6,13 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import CheckpointError, Problem
-from pipeline.models.architecture import Architecture, Scope, Source, WeightRule
+from pipeline.models.architecture import Architecture, Fused, Scope, Source, WeightRule
+from pipeline.models.falcon import FALCON
+from pipeline.models.gemma import GEMMA
+from pipeline.models.gemma2 import GEMMA2
+from pipeline.models.gpt2 import GPT2
+from pipeline.models.gpt_neox import GPT_NEOX
 from pipeline.models.llama import LLAMA
+from pipeline.models.mistral import MISTRAL
+from pipeline.models.mixtral import MIXTRAL
+from pipeline.models.phi3 import PHI3
+from pipeline.models.qwen2 import QWEN2
+from pipeline.models.qwen3 import QWEN3
 from pipeline.models.shape import ModelShape, RotaryScaling
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Fused",
     "ModelShape",
     "RotaryScaling",
     "Scope",
@@ -22,7 +33,20 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture for architecture in (LLAMA,)
+    architecture.name: architecture
+    for architecture in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        PHI3,
+        GEMMA,
+        GEMMA2,
+        GPT2,
+        GPT_NEOX,
+        FALCON,
+        MIXTRAL,
+    )
 }
 
 

@@ -20,11 +20,38 @@ class Scope(Enum):
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A source that shares its tensor with others, joined along the output rows.
+
+    Attributes:
+        parts: axis of the rows of each part, in stored order.
+        index: which part the source is.
+        per_kv_head: the rows are interleaved: every KV head's share of part 0, then of part 1, ...;
+            otherwise all of part 0 comes first.
+    """
+
+    parts: tuple[Axis, ...]
+    index: int
+    per_kv_head: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
-    """One weight of the Hugging Face checkpoint: name without suffix, and the axis of each dimension."""
+    """One weight of the Hugging Face checkpoint, as [out, in], and how it is stored there.
+
+    Attributes:
+        name: without suffix; may contain {layer} and {expert}.
+        axes: of each dimension of the weight, whatever its storage.
+        transposed: stored as [in, out], as GPT-2's Conv1D does.
+        fused: stored in one tensor with others.
+        offset: added to every value, in float32: Gemma's norms multiply by 1 + w.
+    """
 
     name: str
     axes: tuple[Axis, ...]
+    transposed: bool = False
+    fused: Fused | None = None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +64,10 @@ class WeightRule:
     Attributes:
         quantized: a linear that a QuantFormat stores in its own way; otherwise it stays plain.
         tied_sources: used instead of `sources` when the model ties its embeddings.
+        suffix: of source and target names of a plain weight.
+        dtype: safetensors dtype of a plain target.
+        when: the models that have this weight; None: all.
+        experts: `sources` are those of one {expert}; the target stacks all experts of a rank.
     """
 
     target: str
@@ -44,6 +75,10 @@ class WeightRule:
     scope: Scope
     quantized: bool = False
     tied_sources: tuple[Source, ...] = ()
+    suffix: str = "weight"
+    dtype: str = "F16"
+    when: Callable[[ModelShape], bool] | None = None
+    experts: bool = False
 
     def sources_for(self, shape: ModelShape) -> tuple[Source, ...]:
         """The sources in a model of this shape."""
@@ -60,9 +95,24 @@ class Architecture:
         name: Hugging Face class name; also the `architecture` of TensorRT-LLM's config.json.
         ignored_sources: full names of tensors that old checkpoints carry and nobody needs.
         shape_from_hf: ModelShape of a raw config.json; raises CheckpointError.
+        formats: names of the weight formats in which such a checkpoint may be stored.
+        shares_head: lm_head is left out where one stage holds the embedding too; TensorRT-LLM's reader
+            of this architecture always shares the two.
+        base_prefix: of every name but lm_head's; files saved from the bare decoder lack it.
     """
 
     name: str
     rules: tuple[WeightRule, ...]
     shape_from_hf: Callable[[Mapping[str, Any]], ModelShape]
     ignored_sources: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ("fp16",)
+    shares_head: bool = False
+    base_prefix: str = ""
+
+    def rules_for(self, shape: ModelShape, scope: Scope) -> list[WeightRule]:
+        """The rules of one scope that a model of this shape needs."""
+        return [
+            rule
+            for rule in self.rules
+            if rule.scope is scope and (rule.when is None or rule.when(shape))
+        ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import CheckpointError, Problem
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096
+MAX_NUMBER = 3e38
+POSITIVE = f"a number above 0, at most {MAX_NUMBER:.0e}: float32 holds it"
+_SHOWN_CHARACTERS = 60
 
 
 class HfFields:
@@ -35,10 +38,10 @@ class HfFields:
                 return default
             self.refuse(name, "missing", allowed)
             return 1
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            self.refuse(name, f"{value!r}", allowed)
+        if not is_size(value, limit):
+            self.refuse(name, shown(value), allowed)
             return 1
-        return value
+        return int(value)
 
     def positive(self, name: str, default: float | None = None) -> float:
         """A number above zero."""
@@ -46,12 +49,28 @@ class HfFields:
         if value is None:
             if default is not None:
                 return default
-            self.refuse(name, "missing", "a number above 0")
+            self.refuse(name, "missing", POSITIVE)
             return 1.0
         if not is_positive_number(value):
-            self.refuse(name, f"{value!r}", "a number above 0")
+            self.refuse(name, shown(value), POSITIVE)
             return 1.0
         return float(value)
+
+    def optional_positive(self, name: str, default: float) -> float | None:
+        """A number above zero, or None where null says so; a missing field means `default`."""
+        if name in self._config and self.get(name) is None:
+            return None
+        return self.positive(name, default)
+
+    def choice(self, name: str, allowed: Sequence[str], default: str) -> str:
+        """One of a few words."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if value not in allowed:
+            self.refuse(name, f"{value!r} is not supported", ", ".join(allowed))
+            return default
+        return str(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""
@@ -75,8 +94,25 @@ class HfFields:
             raise CheckpointError(self.problems)
 
 
+def is_size(value: object, limit: int = MAX_SIZE) -> bool:
+    """Whether a JSON value is an integer from 1 to `limit` (true and 1.0 are not)."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
+
+
 def is_positive_number(value: object) -> bool:
-    """Whether a JSON value is a finite number above zero (true is not a number)."""
+    """Whether a JSON value is a number above zero that float32 holds (true is not a number).
+
+    JSON has integers of any length, which float() does not take.
+    """
     return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MAX_NUMBER
     )
+
+
+def shown(value: object) -> str:
+    """A value for a message, its middle left out when it is long."""
+    text = repr(value)
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]}...{text[-half:]}"

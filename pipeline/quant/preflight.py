@@ -49,18 +49,27 @@ class QuantizeOptions:
     device: Literal["cpu", "cuda"] = "cpu"
 
 
+def formats_from_plain(architecture: str) -> tuple[str, ...]:
+    """Formats that plain weights of an architecture can have in an engine: fp16, and what we make."""
+    formats = ARCHITECTURES[architecture].formats
+    return tuple(name for name in formats if name == "fp16" or name in QUANTIZERS)
+
+
 def linears_to_quantize(shape: ModelShape) -> tuple[str, ...]:
     """Hugging Face names without ".weight" of every linear that becomes int4, layer by layer.
 
-    Embeddings and lm_head are outside the decoder layers and stay as they are.
+    Those of every expert, too. Embeddings and lm_head are outside the decoder layers and stay as
+    they are.
     """
     rules = [rule for rule in ARCHITECTURES[shape.architecture].rules if rule.quantized]
-    return tuple(
-        source.name.format(layer=layer)
+    names = (
+        source.name.format(layer=layer, expert=expert)
         for layer in range(shape.num_layers)
         for rule in rules
+        for expert in range(shape.num_experts if rule.experts else 1)
         for source in rule.sources
     )
+    return tuple(dict.fromkeys(names))  # fused sources share a linear
 
 
 def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
@@ -93,9 +102,16 @@ def _linears(checkpoint: HfCheckpoint) -> dict[str, TensorInfo]:
 
 def _option_problems(options: QuantizeOptions, shape: ModelShape) -> Iterator[Problem]:
     if options.format not in QUANTIZERS:
-        known = "needs no quantizer" if options.format in FORMATS else "is unknown"
+        known = "cannot be made here" if options.format in FORMATS else "is unknown"
+        known = "needs no quantizer" if options.format == "fp16" else known
         yield Problem(
             "quantize.format", f"{options.format!r} {known}", allowed=", ".join(QUANTIZERS)
+        )
+    elif options.format not in ARCHITECTURES[shape.architecture].formats:
+        yield Problem(
+            "quantize.format",
+            f"{shape.architecture} cannot be quantized to {options.format} yet",
+            allowed=", ".join(formats_from_plain(shape.architecture)),
         )
     if options.group_size not in GROUP_SIZES:
         yield Problem(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.checkpoint.check import check_checkpoint
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.source import HfCheckpoint
+from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.errors import Problem, StageError
 from pipeline.quant.calibration import TokenWindows
 from pipeline.quant.formats import QuantFormat
@@ -33,8 +34,10 @@ _FOLDED_INTO = {
     "self_attn.q_proj": "input_layernorm",
     "self_attn.k_proj": "input_layernorm",
     "self_attn.v_proj": "input_layernorm",
+    "self_attn.qkv_proj": "input_layernorm",
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.up_proj": "post_attention_layernorm",
+    "mlp.gate_up_proj": "post_attention_layernorm",
 }
 """Linear -> the norm of the same layer that took its pre_quant_scale."""
 
@@ -117,7 +120,7 @@ def write_quant_report(
     path.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _weight_error(source: CheckpointReader, exported: CheckpointReader, name: str) -> float:
+def _weight_error(source: TensorReader, exported: TensorReader, name: str) -> float:
     wanted_NK = _read_f32(source, f"{name}.weight")
     actual_NK = dequantize_int4(
         exported.read(f"{name}.weight"), exported.read(f"{name}.weight_scale")
@@ -140,7 +143,7 @@ def _norm_before(name: str) -> str:
 
 
 def _plain_tensor_problems(
-    source: CheckpointReader, exported: CheckpointReader, names: Sequence[str]
+    source: TensorReader, exported: TensorReader, names: Sequence[str]
 ) -> Iterator[Problem]:
     """Tensors that are not int4: finite; and unchanged, unless a scale was folded into them."""
     packed = {f"{name}.weight" for name in names}
@@ -159,10 +162,10 @@ def _plain_tensor_problems(
                 break
 
 
-def _is_folded(exported: CheckpointReader, name: str) -> bool:
+def _is_folded(exported: TensorReader, name: str) -> bool:
     return f"{name}.pre_quant_scale" not in exported.tensors
 
 
-def _read_f32(reader: CheckpointReader, name: str) -> NDArray[np.float32]:
+def _read_f32(reader: TensorReader, name: str) -> NDArray[np.float32]:
     values: NDArray[Any] = reader.read(name)
     return values.astype(np.float32)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.check import check_checkpoint
-from pipeline.checkpoint.source import HfCheckpoint, open_checkpoint
+from pipeline.checkpoint.pickled import holds_pickles
+from pipeline.checkpoint.source import PLAIN_METHOD, HfCheckpoint, open_checkpoint
 from pipeline.errors import CheckpointError, Problem
+from pipeline.models import ModelShape
 from pipeline.quant.calibration import TokenWindows
 
 if TYPE_CHECKING:
@@ -40,16 +42,28 @@ def open_plain_checkpoint(source_dir: Path) -> HfCheckpoint:
         CheckpointError: unsupported architecture, quantized already, damaged files, or every tensor
             that is missing, unused or of the wrong shape or dtype.
     """
-    checkpoint = open_checkpoint(source_dir)
+    checkpoint = open_original(source_dir)
     if checkpoint.format.quant_algo is not None:
         raise CheckpointError(
             Problem(
                 str(source_dir),
                 f"the checkpoint is quantized already ({checkpoint.format.name})",
                 allowed="float16, bfloat16 or float32 weights",
-                fix="give the original checkpoint",
+                fix="give the original checkpoint; one that is quantized already starts a build only "
+                "from model.source: directory",
             )
         )
+    return checkpoint
+
+
+def open_original(source_dir: Path) -> HfCheckpoint:
+    """What a build starts from, plain or quantized already, every tensor in place; headers only.
+
+    Raises:
+        CheckpointError: unsupported architecture or quantization, damaged files, or every tensor
+            that is missing, unused or of the wrong shape or dtype.
+    """
+    checkpoint = open_checkpoint(source_dir)
     problems = check_checkpoint(checkpoint.reader, checkpoint.shape, checkpoint.format)
     if problems:
         raise CheckpointError(problems)
@@ -59,18 +73,23 @@ def open_plain_checkpoint(source_dir: Path) -> HfCheckpoint:
 def load_model(source_dir: Path, dtype: torch.dtype) -> Any:
     """A transformers causal language model in eval mode on the CPU, weights cast to `dtype`.
 
-    RoPE comes from our own reading of config.json: transformers 4.57 reads a config written by 5.x
-    (`rope_parameters`) as base 10000 without scaling, and says nothing.
+    Weights that are quantized already are dequantized (`dequantized.py`). RoPE comes from our own
+    reading of config.json: transformers 4.57 reads a config written by 5.x (`rope_parameters`) as base
+    10000 without scaling, and says nothing.
 
     Raises:
-        CheckpointError: see `open_plain_checkpoint`.
+        CheckpointError: see `open_original`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = open_plain_checkpoint(source_dir).shape
+    checkpoint = open_original(source_dir)
+    shape = checkpoint.shape
     config = AutoConfig.from_pretrained(source_dir, local_files_only=True)
-    config.rope_theta = shape.rotary_base
-    config.rope_scaling = shape.rotary_scaling.to_dict() if shape.rotary_scaling else None
+    _set_rotary(config, shape)
+    if checkpoint.method != PLAIN_METHOD or holds_pickles(source_dir):
+        from pipeline.quant.dequantized import load_through_reader
+
+        return load_through_reader(checkpoint, config, dtype)
     model, loading = AutoModelForCausalLM.from_pretrained(
         source_dir,
         config=config,
@@ -83,6 +102,12 @@ def load_model(source_dir: Path, dtype: torch.dtype) -> Any:
     gaps = {key: sorted(map(str, names)) for key, names in loading.items() if names}
     assert not gaps, gaps
     return model.eval()
+
+
+def _set_rotary(config: Any, shape: ModelShape) -> None:
+    if shape.position_embedding == "rope_gpt_neox":
+        config.rope_theta = shape.rotary_base
+        config.rope_scaling = shape.rotary_scaling.to_dict() if shape.rotary_scaling else None
 
 
 class SourceTokenizer:

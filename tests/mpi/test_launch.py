@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import GateError, StageError, ToolError
-from pipeline.launch import RankJob, find_mpirun, mpirun_flags, run_ranks
+from pipeline.launch import RankJob, find_mpirun, mpirun_flags, run_at_once, run_ranks
 
 
 @pytest.fixture
@@ -71,6 +71,24 @@ def test_a_kill_is_called_a_kill(workers: Path) -> None:
         StageError, match=r"rank 0: was killed by signal 9 \(usually: out of memory"
     ):
         run_ranks(_jobs(workers, "killed"), "sequential", workers / "jobs.json")
+
+
+def test_at_once_runs_all(workers: Path) -> None:
+    """Each waits for the other: in turn they would never end."""
+    (workers / "meets.py").write_text(
+        "import pathlib, sys, time\n"
+        "own = pathlib.Path(sys.argv[1])\n"
+        "other = own.with_name({'out0': 'out1', 'out1': 'out0'}[own.name])\n"
+        "own.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+    )
+    run_at_once(_jobs(workers, "meets", "meets"))
+
+
+def test_at_once_a_failing_rank_ends_the_others(workers: Path) -> None:
+    (workers / "sleeps.py").write_text("import time\ntime.sleep(1000)\n")
+    with pytest.raises(StageError, match="rank 1: was killed by signal 9"):
+        run_at_once(_jobs(workers, "sleeps", "killed"))
 
 
 @pytest.mark.mpi

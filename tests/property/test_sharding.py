@@ -10,6 +10,7 @@ from pipeline.parallel import (
     Axis,
     Dim,
     Extent,
+    experts_of_rank,
     layers_of_stage,
     mappings,
     part,
@@ -19,13 +20,14 @@ from pipeline.parallel import (
 )
 
 TP = st.sampled_from([1, 2, 3, 4, 8])
+WHOLE = {Axis.HIDDEN, Axis.HEAD, Axis.EXPERT}  # every rank holds all of these
 
 
 @st.composite
 def dims(draw: st.DrawFn, tp: int) -> Dim:
     """A dimension that can be cut for tp ranks; the divisor is drawn first so that it always fits."""
     axis = draw(st.sampled_from(list(Axis)))
-    if axis is Axis.VOCAB:
+    if axis in (Axis.VOCAB, Axis.POSITION):
         return Dim(axis, Extent(draw(st.integers(1, 40))))
     divisor = draw(st.sampled_from([1, 2, 4]))
     unit_size = divisor * draw(st.integers(1, 3)) if axis in (Axis.Q, Axis.KV) else 1
@@ -42,7 +44,7 @@ def dims(draw: st.DrawFn, tp: int) -> Dim:
 def test_round_trip(data: st.DataObject, tp: int) -> None:
     chosen = data.draw(
         st.lists(dims(tp), min_size=1, max_size=3).filter(
-            lambda drawn: sum(dim.axis is not Axis.HIDDEN for dim in drawn) <= 1
+            lambda drawn: sum(dim.axis not in WHOLE for dim in drawn) <= 1
         )
     )
     assert [why_not(dim, tp) for dim in chosen] == [""] * len(chosen)
@@ -61,7 +63,7 @@ def test_parts_cover_the_dimension(data: st.DataObject, tp: int) -> None:
     for mapping in mappings(tp, 1):
         piece = part(dim, mapping)
         covered[piece.start : piece.stop] += 1
-    if dim.axis is Axis.HIDDEN:
+    if dim.axis in WHOLE:
         expected = tp
     elif dim.axis is Axis.KV and dim.extent.units < tp:
         expected = tp // dim.extent.units
@@ -91,6 +93,20 @@ def test_attention_heads_stay_with_their_kv_head(
             np.arange(kv.size)[part(kv, mapping).start : part(kv, mapping).stop] // head_size
         )
         assert set(q_heads // queries_per_kv) == set(kv_heads)
+
+
+@given(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 2)]), st.integers(1, 3))
+def test_experts_and_their_slices_cover_every_expert(ep: tuple[int, int], each: int) -> None:
+    """tp_rank = moe_tp_rank * moe_ep + moe_ep_rank: each slice of each expert is on one rank."""
+    tp, moe_ep = ep
+    num_experts, ffn = each * moe_ep, Dim(Axis.EXPERT_FFN, Extent(5 * tp // moe_ep))
+    covered = np.zeros((num_experts, ffn.size), int)
+    for mapping in mappings(tp, 1, moe_ep):
+        assert mapping.tp_rank == mapping.moe_tp_rank * moe_ep + mapping.moe_ep_rank
+        rows = part(ffn, mapping)
+        experts = experts_of_rank(num_experts, mapping)
+        covered[experts.start : experts.stop, rows.start : rows.stop] += 1
+    assert (covered == 1).all()
 
 
 @given(st.integers(1, 100), st.integers(1, 16))

@@ -226,7 +226,8 @@ def test_values_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:
     assert {str(problem) for problem in caught.value.problems} == {
         "model.layers.0.mlp.up_proj.weight: 2 values do not fit float16, the largest is 100000; "
         "allowed: -65504 to 65504",
-        "model.layers.0.mlp.down_proj.weight: 1 values are NaN or Inf",
+        "model.layers.0.mlp.down_proj.weight: 1 values are NaN or Inf; fix: repair the weights, or "
+        "keep them so with convert.allow_not_finite: true",
     }
     assert not (out_dir / "config.json").exists()
 
@@ -370,7 +371,8 @@ def test_explicit_scales_that_differ_or_are_incomplete(int4: Path, tmp_path: Pat
     attention = "model.layers.0.self_attn"
     assert refused(differ, tmp_path / "a") == (
         f"{attention}.v_proj.pre_quant_scale: differs from {attention}.q_proj.pre_quant_scale, "
-        "but both scale the same input"
+        "but both become the one scale of a fused linear "
+        "(transformer.layers.0.attention.qkv.prequant_scaling_factor)"
     )
     lost = edited(int4, tmp_path / "lost", lambda t: explicit(t, q_proj=0.5, k_proj=0.5))
     assert "layers.1.self_attn.v_proj.pre_quant_scale: missing, but" in refused(
@@ -405,10 +407,13 @@ def test_illegal_mapping(int4: Path, tmp_path: Path) -> None:
     ("changes", "text"),
     [
         (
-            {"quant_algo": "FP8"},
-            "quant_algo 'FP8'; allowed: plain float16/bfloat16/float32 weights",
+            {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+            "quant_algo 'FP8_PER_CHANNEL_PER_TOKEN': one scale per token, which no table describes; "
+            "allowed: plain float16/bfloat16/float32 weights",
         ),
         ({"quant_algo": None}, "quant_algo None; allowed: plain"),
+        ({"quant_algo": "NVFP4"}, "quant_algo 'NVFP4': 4-bit floats; no engine here has kernels"),
+        ({"quant_algo": "W4A16_GPTQ"}, "quant_algo 'W4A16_GPTQ'; allowed: plain"),
         ({"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo 'FP8'; allowed: null"),
         ({"has_zero_point": True}, "has_zero_point is set; allowed: false"),
         ({"group_size": 32}, "group_size 32; allowed: 64, 128"),
@@ -434,10 +439,11 @@ def test_quantization_that_is_not_supported(
     ("declared", "text"),
     [
         (
-            {"quant_method": "awq", "bits": 4},
-            "config.json: quantization_config: quant_method 'awq' is not supported; allowed: plain",
+            {"quant_method": "bitsandbytes", "bits": 4},
+            "config.json: quantization_config: quant_method 'bitsandbytes' is not supported; "
+            "allowed: plain float16/bfloat16/float32 weights, ModelOpt unified int4_awq",
         ),
-        ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported"),
         ({}, "quant_method None is not supported"),
         ("int4", "config.json: quantization_config: 'int4'; allowed: null, a mapping"),
         (

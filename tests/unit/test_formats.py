@@ -158,8 +158,21 @@ def test_illegal_choices_name_the_legal_ones() -> None:
     (text,) = problems(shape, "int4_awq", tp=4)
     assert text == (
         "tp=4: intermediate_size: 2752 elements on each of tp=4 ranks are not a multiple of 128; "
-        "allowed: tp 1, 2"
+        "allowed: tp 1, 2; fix: mapping.pad_ffn: true (11008 + 256 zeros, 2.3% more; the model "
+        "computes the same) or quantize.group_size: 64 or tp: 2 with pp: 2"
     )
+    # Qwen2-72B's sizes: neither group size can be cut for tp 4.
+    wide = replace(shape, hidden_size=8192, num_heads=64, num_kv_heads=8, intermediate_size=29568)
+    (text,) = problems(wide, "int4_awq", tp=4)
+    assert text == (
+        "tp=4: intermediate_size: 7392 elements on each of tp=4 ranks are not a multiple of 128; "
+        "allowed: tp 1; fix: mapping.pad_ffn: true (29568 + 128 zeros, 0.4% more; the model "
+        "computes the same)"
+    )
+    (text,) = problems(wide, "int4_awq", tp=4, group_size=64)
+    assert text.endswith("0.4% more; the model computes the same) or tp: 2 with pp: 2")
+    # Padding does not help heads; then only another tp does.
+    assert "fix:" not in problems(shape, "int4_awq", tp=3)[0]
     # 32 heads: q and kv are both named
     assert [text.split(";")[0] for text in problems(shape, "fp16", tp=3)] == [
         "tp=3: num_attention_heads 32 cannot be shared out evenly over tp=3",

@@ -94,6 +94,7 @@ def test_head_dim_is_not_derived_when_given() -> None:
     [
         ({"rope_theta": 1e6}, (1e6, None)),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, (1e4, RotaryScaling("linear", 2.0))),
+        ({"rope_scaling": {"type": "dynamic", "factor": 3}}, (1e4, RotaryScaling("dynamic", 3.0))),
         ({"rope_scaling": {"rope_type": "default"}}, (1e4, None)),
         # transformers 5 writes one field; 4.57 would read it as base 10000 without scaling.
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, (5e5, None)),
@@ -122,8 +123,8 @@ DEFAULT_ROPE = {"rope_type": "default"}
 @pytest.mark.parametrize(
     ("changes", "where", "text"),
     [
-        ({"architectures": ["Mamba"]}, "architectures", "'Mamba' is not supported; allowed: Llama"),
-        ({"architectures": None}, "architectures", "missing; allowed: one of LlamaForCausalLM"),
+        ({"architectures": ["Mamba"]}, "architectures", "'Mamba' is not supported; allowed: "),
+        ({"architectures": None}, "architectures", "missing; allowed: one of "),
         ({"architectures": []}, "architectures", "[] is not a list with one class name"),
         ({"architectures": [["A"]]}, "architectures", "[['A']] is not a list with one class"),
         ({"hidden_size": None}, "hidden_size", "missing; allowed: an integer from 1 to 2147483647"),
@@ -137,8 +138,8 @@ DEFAULT_ROPE = {"rope_type": "default"}
             "missing, and hidden_size 4100 / 32 heads is not whole",
         ),
         ({"head_dim": 63}, "head_dim", "63; allowed: an even number"),
-        ({"attention_bias": True}, "attention_bias", "True is not supported: q, k, v and o must"),
-        ({"mlp_bias": True}, "mlp_bias", "True is not supported: gate, up and down must"),
+        ({"attention_bias": "no"}, "attention_bias", "'no'; allowed: true, false"),
+        ({"mlp_bias": 1}, "mlp_bias", "1; allowed: true, false"),
         (
             {"hidden_act": "gelu"},
             "hidden_act",
@@ -153,7 +154,7 @@ DEFAULT_ROPE = {"rope_type": "default"}
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "rope_scaling.rope_type",
-            "yarn is not supported; allowed: default, linear, llama3",
+            "yarn is not supported; allowed: default, linear, dynamic, llama3",
         ),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.rope_type", "missing is not supported"),
         (
@@ -162,6 +163,24 @@ DEFAULT_ROPE = {"rope_type": "default"}
             "rope_type and type disagree: linear, llama3",
         ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor", "None; allowed: a number"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 10**400}},
+            "rope_scaling.factor",
+            f"{'1' + 29 * '0'}...{30 * '0'}; allowed: a number above 0, at most 3e+38: float32 holds it",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta", "0...0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}},
+            "rope_parameters.rope_theta",
+            "0...0",
+        ),
+        ({"rms_norm_eps": 1e39}, "rms_norm_eps", "1e+39; allowed: a number above 0, at most 3e+38"),
+        ({"hidden_size": 10**400}, "hidden_size", "0...0"),
+        (
+            {"rope_scaling": {**LLAMA_3_SCALING, "original_max_position_embeddings": 0.5}},
+            "rope_scaling.original_max_position_embeddings",
+            "0.5; allowed: an integer from 1 to 2147483647",
+        ),
         (
             {"rope_scaling": {**LLAMA_3_SCALING, "low_freq_factor": 4.0}},
             "rope_scaling.low_freq_factor",
