@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 
 import pipeline
 from pipeline.errors import (
+    CheckpointError,
     ConfigError,
     ExitCode,
     GateError,
     PipelineError,
     Problem,
-    StageError,
     error_to_json,
 )
 
@@ -62,7 +62,9 @@ def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in signals}
+    # Under nohup SIGHUP is ignored, and stays so.
+    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_build_verb(verbs, "explain", _explain, "say field by field why each stage would run")
     for name, handler, text in (
-        ("show", _show, "facts of a published engine"),
+        ("show", _show, "what a published engine or any checkpoint or engine directory holds"),
         ("verify", _verify, "check every published file and show the quality report"),
         ("serve", _serve, "start Triton on a published model repository"),
     ):
@@ -172,7 +174,7 @@ def _run(options: argparse.Namespace) -> int:
         _print_json(
             {
                 "engine_dir": str(result.engine_dir),
-                "repository_dir": str(result.repository_dir),
+                "repository_dir": result.repository_dir and str(result.repository_dir),
                 "executed": list(result.executed),
                 "published": result.published,
                 "facts": {name: artifact.facts for name, artifact in result.artifacts.items()},
@@ -180,7 +182,8 @@ def _run(options: argparse.Namespace) -> int:
         )
         return int(ExitCode.DONE)
     state = "published" if result.published else "nothing to do"
-    print(f"{state}: {_relative(result.engine_dir)} and {_relative(result.repository_dir)}")
+    visible = [result.engine_dir, *filter(None, [result.repository_dir])]
+    print(f"{state}: {' and '.join(map(_relative, visible))}")
     return int(ExitCode.DONE)
 
 
@@ -211,57 +214,67 @@ def _reasons(plan: Any, workspace: Any) -> dict[str, list[str]]:
     return explain(plan, workspace.store, published)
 
 
-def _published(subject: Path, parent: str) -> tuple[Path, dict[str, Any]]:
-    """Directory and manifest of something published, from its config or its directory.
+def _published(subject: Path, parent: str) -> Any:
+    """Something published (pipeline.manifest.Published), from its config or its directory.
 
     Raises:
         StageError: it has not been published.
-        GateError: its manifest is not readable.
+        GateError: its manifest is not one.
     """
-    if subject.is_dir():
-        directory = subject
-    else:
-        from pipeline.config import load_config
+    from pipeline.config import load_config
+    from pipeline.manifest import read_published
 
-        directory = getattr(_workspace(), parent) / load_config(subject).config.name
-    path = directory / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        fix = "make engine MODEL=<name>, or `trtpipe run CONFIG`"
-        raise StageError(
-            Problem(str(directory), "is not published (no manifest.json)", fix=fix)
-        ) from None
-    except json.JSONDecodeError as error:
-        raise GateError(Problem(str(path), f"is not JSON: {error.msg}", fix="run again")) from None
-    return directory, manifest
+    if subject.is_dir():
+        return read_published(subject)
+    return read_published(getattr(_workspace(), parent) / load_config(subject).config.name)
 
 
 def _show(options: argparse.Namespace) -> int:
-    directory, manifest = _published(options.subject, "engines_dir")
-    if options.json:
-        _print_json(manifest)
-        return int(ExitCode.DONE)
-    from pipeline.console import stdout_console
-    from pipeline.render import print_manifest
+    from pipeline.links import circle_problem
+    from pipeline.show import contents_json, contents_text, describe, is_published
 
-    print_manifest(directory, manifest, stdout_console())
+    directory, published = options.subject, None
+    circle = circle_problem(directory)
+    if circle is not None:
+        raise CheckpointError(circle)
+    if not directory.is_dir() or is_published(directory):
+        published = _published(options.subject, "engines_dir")
+        directory = published.directory
+    has_tensors = published is None or (directory / "config.json").exists()
+    contents = describe(directory) if has_tensors else None
+    if options.json:
+        shown = contents_json(contents) if contents else {}
+        _print_json(shown if published is None else {**published.document, "contents": shown})
+        return int(ExitCode.DONE)
+    if published is not None:
+        from pipeline.console import stdout_console
+        from pipeline.render import print_manifest
+
+        print_manifest(directory, published.manifest, stdout_console())
+    if contents is not None:
+        print(contents_text(contents))
     return int(ExitCode.DONE)
 
 
 def _verify(options: argparse.Namespace) -> int:
     from pipeline.publish import damaged_files
 
-    directory, manifest = _published(options.subject, "engines_dir")
-    problems = damaged_files(directory, manifest)
+    published = _published(options.subject, "engines_dir")
+    problems = damaged_files(published.directory, published.document)
     if problems:
         raise GateError(problems)
-    report = json.loads((directory / "report.json").read_text("utf-8"))
+    manifest = published.manifest
+    has_report = "report.json" in manifest.files
     if options.json:
-        _print_json({"files": len(manifest["files"]), "report": report})
+        path = published.directory / "report.json"
+        report = json.loads(path.read_text("utf-8")) if has_report else None
+        _print_json({"files": len(manifest.files), "report": report})
         return int(ExitCode.DONE)
-    print(f"{len(manifest['files'])} files as published (sha256)")
-    for name, value in manifest["facts"]["verify"].items():
+    print(f"{len(manifest.files)} files as published (sha256)")
+    if not has_report:
+        print(f"no quality report here: it is published with the engine, engines/{manifest.name}")
+        return int(ExitCode.DONE)
+    for name, value in manifest.facts.get("verify", {}).items():
         print(f"{name}: {value}")
     return int(ExitCode.DONE)
 
@@ -269,29 +282,30 @@ def _verify(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from pipeline.serving.command import serve
 
-    directory, manifest = _published(options.subject, "repositories_dir")
+    published = _published(options.subject, "repositories_dir")
+    manifest = published.manifest
     config = _serve_config(options.subject, manifest)
-    serve(directory, manifest["facts"]["serve"]["model_name"], config, as_json=options.json)
+    serve(published.directory, manifest.model_name, config, as_json=options.json)
     return int(ExitCode.DONE)
 
 
-def _serve_config(subject: Path, manifest: dict[str, Any]) -> Any:
+def _serve_config(subject: Path, manifest: Any) -> Any:
     """Ports and host: today's YAML if one was given, else what was published."""
-    from pipeline.config import ServeConfig, load_config
+    from pipeline.config import load_config
 
     if subject.is_dir():
-        return ServeConfig.model_validate(manifest["config"]["serve"])
+        return manifest.config.serve
     return load_config(subject).config.serve
 
 
 def _client(options: argparse.Namespace) -> int:
-    from pipeline.serving.client import AskOptions
+    from pipeline.serving.client import AskOptions, decode_text
     from pipeline.serving.command import ask_and_print
 
-    _, manifest = _published(options.subject, "repositories_dir")
+    manifest = _published(options.subject, "repositories_dir").manifest
     ask_and_print(
-        sys.stdin.read() if options.prompt == "-" else options.prompt,
-        manifest["facts"]["serve"]["model_name"],
+        sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt),
+        manifest.model_name,
         _serve_config(options.subject, manifest),
         protocol=options.protocol,
         options=AskOptions(
@@ -300,7 +314,7 @@ def _client(options: argparse.Namespace) -> int:
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
-            stop_words=tuple(options.stop),
+            stop_words=tuple(decode_text("--stop", os.fsencode(word)) for word in options.stop),
         ),
         stream=options.stream,
         as_json=options.json,

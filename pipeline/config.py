@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,17 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline import strict_yaml
 from pipeline.errors import ConfigError, Problem
+from pipeline.links import resolved
+from pipeline.names import BUILD_NAME, MODEL_NAME
 from pipeline.strict_yaml import Document, KeyPath, Location
 from pipeline.targets import TARGETS
 
-FormatName = Literal["fp16", "int4_awq"]
-BackendName = Literal["onnxruntime", "tensorrt_rtx"]
+FormatName = Literal["fp16", "int4_awq", "int4_gptq", "w4a8_awq", "fp8", "int8_sq"]
+BackendName = Literal["onnxruntime", "tensorrt_rtx", "none"]
+"""`none` ends with the converted checkpoint, for trtllm-build or another tool."""
 LaunchMode = Literal["sequential", "mpirun"]
 
 BUNDLED = "bundled"
 """Instead of a path: the text that ships with the demo model."""
-
-NAME_PATTERN = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
 
 
 class _Section(BaseModel):
@@ -80,10 +80,12 @@ class CalibrationConfig(_Section):
 
 
 class QuantizeConfig(_Section):
-    """Weight format of the engine."""
+    """Weight format of the engine. A checkpoint that has it already is not quantized again."""
 
     format: FormatName = "int4_awq"
     group_size: Literal[64, 128] = 128
+    asymmetric: Literal["keep", "requantize"] = "keep"
+    """What becomes of zero points that a quantized checkpoint brings: kept exactly, or rounded away."""
     calibration: CalibrationConfig = CalibrationConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the quantizer computes; its sums, and so some last bits, depend on it."""
@@ -94,6 +96,17 @@ class MappingConfig(_Section):
 
     tp: Annotated[int, Field(ge=1, le=64)] = 1
     pp: Annotated[int, Field(ge=1, le=64)] = 1
+    moe_ep: Annotated[int, Field(ge=1, le=64)] = 1
+    """Of the tp ranks, how many blocks the experts are shared out in; the rest cut each expert."""
+    pad_ffn: bool = False
+    """Zeros behind the feed-forward network where it cannot be cut; the model computes the same."""
+
+
+class ConvertConfig(_Section):
+    """What conversion lets pass."""
+
+    allow_not_finite: bool = False
+    """NaN and infinite weights are refused otherwise, with their number and names."""
 
 
 class BuildConfig(_Section):
@@ -135,7 +148,7 @@ class VerifyConfig(_Section):
 class ServeConfig(_Section):
     """The Triton model repository and server."""
 
-    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    model_name: Annotated[str, Field(pattern=f"^{MODEL_NAME.pattern}$")] | None = None
     host: str = "127.0.0.1"
     http_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     grpc_port: Annotated[int, Field(ge=1, le=65535)] = 8001
@@ -172,6 +185,7 @@ class Config(_Section):
     target: str = "rtx4090"
     quantize: QuantizeConfig = QuantizeConfig()
     mapping: MappingConfig = MappingConfig()
+    convert: ConvertConfig = ConvertConfig()
     build: BuildConfig = BuildConfig()
     verify: VerifyConfig = VerifyConfig()
     serve: ServeConfig = ServeConfig()
@@ -179,7 +193,7 @@ class Config(_Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_directory_name(cls, name: str) -> str:
-        if not NAME_PATTERN.match(name):
+        if not BUILD_NAME.fullmatch(name):
             raise ValueError(
                 f"{name!r} cannot name a directory; allowed: 1 to 64 of a-z 0-9 . _ -, first a "
                 "letter or digit"
@@ -215,6 +229,11 @@ class LoadedConfig(BaseModel):
         return isinstance(self.config.model, SyntheticSource)
 
     @property
+    def converts_only(self) -> bool:
+        """The build ends with the TensorRT-LLM checkpoint; no engine is made of it here."""
+        return self.config.build.backend == "none"
+
+    @property
     def served_name(self) -> str:
         """Name of the model in Triton."""
         return self.config.serve.model_name or self.config.name
@@ -228,10 +247,13 @@ class LoadedConfig(BaseModel):
         return f"{self.path}: {'.'.join(keys)}"
 
     def resolve(self, path: str, *keys: str) -> Path:
-        """A path of the YAML as an absolute one; relative paths start at the file that has the key."""
+        """A path of the YAML as an absolute one; relative paths start at the file that has the key.
+
+        Never raises: a link that leads in a circle stays what it is, for the reader to report.
+        """
         location = self.lines.get(".".join(keys))
         base = Path(location.rpartition(":")[0]).parent if location else self.path.parent
-        return (base / Path(path).expanduser()).resolve()
+        return resolved(base / Path(path).expanduser())
 
 
 def load_config(path: Path) -> LoadedConfig:
@@ -252,13 +274,13 @@ def load_config(path: Path) -> LoadedConfig:
         for key, location in document.locations.items()
         if key
     }
-    return LoadedConfig(config=config, path=shown_path.resolve(), lines=lines)
+    return LoadedConfig(config=config, path=resolved(shown_path), lines=lines)
 
 
 def _load_merged(path: Path, chain: tuple[Path, ...]) -> Document:
-    resolved = path.resolve()
-    if resolved in chain:
-        cycle = " -> ".join(p.name for p in (*chain, resolved))
+    real_path = resolved(path)
+    if real_path in chain:
+        cycle = " -> ".join(p.name for p in (*chain, real_path))
         raise ConfigError(Problem(f"{path}:1", f"extends: goes round in a circle: {cycle}"))
     document = strict_yaml.load(path)
     parent_name = document.data.pop("extends", None)
@@ -270,7 +292,7 @@ def _load_merged(path: Path, chain: tuple[Path, ...]) -> Document:
     parent_path = path.parent / parent_name
     if not parent_path.is_file():
         raise ConfigError(Problem(f"{where}: extends", f"no such file: {parent_path}"))
-    parent = _load_merged(parent_path, (*chain, resolved))
+    parent = _load_merged(parent_path, (*chain, real_path))
     parent.data.pop("name", None)  # a variant has its own name
     return _merge(parent, document)
 

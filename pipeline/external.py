@@ -20,10 +20,15 @@ HASH_AT_ONCE_BYTES = 64 << 20
 
 CHECKPOINT_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
+_PICKLE_PATTERN = "pytorch_model*.bin"
+"""PyTorch's own files count only where there are no safetensors."""
+
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """Files of a Hugging Face directory that can influence an engine; no README, no hidden file."""
     found = {path for pattern in CHECKPOINT_PATTERNS for path in directory.glob(pattern)}
+    if not any(path.suffix == ".safetensors" for path in found):
+        found |= set(directory.glob(_PICKLE_PATTERN))
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 

@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError, PlanError, Problem, ToolError
 from pipeline.external import HASH_AT_ONCE_BYTES, DigestCache, combined_digest
 from pipeline.preflight import Forecast
 from pipeline.stages import STAGES, Stage
+from pipeline.stages.source_format import quantized_source
 from pipeline.store import Action, Artifact, Store
 
 
@@ -54,6 +55,7 @@ class Plan:
         config_problems, tool_problems, checkpoint_problems: everything that stands in the way.
         forecast: sizes and memory; None when the model's config cannot be read.
         unhashed_bytes: external bytes that `run` will read once to know the keys.
+        notes: what is legal, and may surprise.
     """
 
     loaded: LoadedConfig
@@ -63,6 +65,7 @@ class Plan:
     checkpoint_problems: tuple[Problem, ...]
     forecast: Forecast | None
     unhashed_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -92,13 +95,15 @@ class Plan:
 
 def stage_graph(loaded: LoadedConfig) -> Iterator[Step]:
     """The stages of a config, in order, and where each takes its input."""
-    quantized = loaded.config.quantize.format != "fp16"
+    quantized = loaded.config.quantize.format != "fp16" and quantized_source(loaded) is None
     checkpoint = "quantize" if quantized else "fetch"
 
     yield Step(STAGES["fetch"])
     if quantized:
         yield Step(STAGES["quantize"], {"source": "fetch"})
     yield Step(STAGES["convert"], {"checkpoint": checkpoint})
+    if loaded.converts_only:
+        return
     yield Step(STAGES["build"], {"checkpoint": "convert", "source": "fetch"})
     yield Step(STAGES["verify"], {"source": "fetch", "engine": "build"})
     yield Step(STAGES["serve"], {"engine": "build"})
@@ -120,6 +125,7 @@ def make_plan(loaded: LoadedConfig, store: Store, digests: DigestCache) -> Plan:
         checkpoint_problems=found.checkpoint_problems,
         forecast=found.forecast,
         unhashed_bytes=unhashed if wait_for_hashes else 0,
+        notes=found.notes,
     )
 
 

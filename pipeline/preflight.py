@@ -9,18 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.checkpoint import mapping_problems, planned_bytes, read_config
-from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.padding import padded_shape
+from pipeline.checkpoint.source import Declared, open_files
 from pipeline.config import HubSource, LoadedConfig
 from pipeline.engine import BACKENDS
 from pipeline.errors import CheckpointError, PipelineError, PlanError, Problem
-from pipeline.models import ModelShape, shape_from_hf
+from pipeline.models import ARCHITECTURES, ModelShape, shape_from_hf
 from pipeline.parallel import mappings
 from pipeline.quant.calibration import load_texts
 from pipeline.quant.formats import FORMATS, QuantFormat
 from pipeline.quant.preflight import dtype_problems
-from pipeline.quant.source import missing_tokenizer, open_plain_checkpoint
+from pipeline.quant.source import missing_tokenizer, open_original, open_plain_checkpoint
 from pipeline.stages.build import build_limits
 from pipeline.stages.fetch import local_directory, no_checkpoint
+from pipeline.stages.source_format import format_problems, quantized_source
 from pipeline.stages.texts import calibration_path, heldout_path
 from pipeline.targets import TARGETS
 from pipeline.weights import model_shape_fields
@@ -63,12 +65,15 @@ class Preflight:
     Attributes:
         config_problems: the YAML asks for something impossible.
         checkpoint_problems: weights, tokenizer or config.json are not what they should be.
-        forecast: None when the model's shape is not known or cannot be cut as asked.
+        forecast: None when the model's shape is not known, cannot be cut as asked, or does not exist
+            in the format.
+        notes: what is legal, and may surprise.
     """
 
     config_problems: tuple[Problem, ...]
     checkpoint_problems: tuple[Problem, ...]
     forecast: Forecast | None
+    notes: tuple[str, ...] = ()
 
 
 def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
@@ -77,7 +82,9 @@ def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
     Args:
         source_dir: the original checkpoint where it can be read already; None before a download.
     """
-    problems = [*_rank_problems(loaded), *_target_problems(loaded)]
+    problems = []
+    if not loaded.converts_only:
+        problems += [*_rank_problems(loaded), *_target_problems(loaded)]
     local = local_directory(loaded)
     if local is not None and not (local / "config.json").is_file():
         return Preflight(tuple(problems), (no_checkpoint(local),), None)
@@ -86,29 +93,53 @@ def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
     try:
         fields = model_shape_fields(loaded) if source_dir is None else read_config(source_dir)
         shape = shape_from_hf(fields)
+        declared = quantized_source(loaded)
     except CheckpointError as error:
         return Preflight(tuple(problems), error.problems, None)
     except PlanError as error:
         return Preflight((*problems, *error.problems), (), None)
-    problems += _length_problems(loaded, shape)
+    problems += format_problems(loaded, declared, shape.architecture)
+    if not loaded.converts_only:
+        problems += [*_length_problems(loaded, shape), *_head_problems(loaded, shape)]
     mapping = loaded.config.mapping
-    cuts = mapping_problems(shape, _format(loaded), mapping.tp, mapping.pp)
+    fmt = _format(loaded)
+    # A format that the architecture does not have has no layout, so nothing to cut or weigh.
+    exists = fmt.name in ARCHITECTURES[shape.architecture].formats
+    if exists and mapping.pad_ffn:
+        shape = padded_shape(shape, fmt, mapping.tp)
+    cuts = []
+    if exists:
+        cuts = mapping_problems(shape, fmt, mapping.tp, mapping.pp, mapping.moe_ep)
     problems += [_at_its_key(loaded, problem) for problem in cuts]
-    weights = (
-        ()
-        if source_dir is None
-        else tuple(_weight_problems(source_dir, loaded.config.quantize.format != "fp16"))
-    )
-    forecast = None if cuts else _forecast(loaded, shape, source_dir)
+    weights: tuple[Problem, ...] = ()
+    if source_dir is not None:
+        quantize = exists and declared is None and fmt.name != "fp16"
+        weights = tuple(_weight_problems(source_dir, declared, quantize))
+    forecast = _forecast(loaded, shape, source_dir) if exists and not cuts else None
     if forecast is not None:
         problems += _memory_problems(loaded, forecast)
     problems += _text_problems(loaded)
-    return Preflight(tuple(problems), weights, forecast)
+    return Preflight(tuple(problems), weights, forecast, tuple(_notes(loaded, shape)))
+
+
+def _notes(loaded: LoadedConfig, shape: ModelShape) -> Iterator[str]:
+    scaling, max_seq_len = shape.rotary_scaling, loaded.config.build.max_seq_len
+    if scaling is None or scaling.kind != "longrope":
+        return
+    original = scaling.original_max_position_embeddings
+    assert original is not None
+    if max_seq_len > original:
+        yield (
+            f"longrope: build.max_seq_len {max_seq_len} is above original_max_position_embeddings "
+            f"{original}, so the engine uses the long factors for every prompt; transformers uses the "
+            f"short ones up to {original} tokens. Short prompts get other logits than there; with "
+            f"max_seq_len {original} they agree"
+        )
 
 
 def _memory_problems(loaded: LoadedConfig, forecast: Forecast) -> Iterator[Problem]:
     """Only of an engine that is compiled for the target: the CPU network runs on any host."""
-    if loaded.config.build.backend == "onnxruntime" or forecast.free_bytes >= 0:
+    if loaded.config.build.backend != "tensorrt_rtx" or forecast.free_bytes >= 0:
         return
     needed = forecast.target_bytes - forecast.free_bytes
     room = forecast.target_bytes - max(forecast.rank_bytes)
@@ -125,7 +156,9 @@ def _memory_problems(loaded: LoadedConfig, forecast: Forecast) -> Iterator[Probl
 
 def _text_problems(loaded: LoadedConfig) -> Iterator[Problem]:
     """Texts that cannot be read, before anything is calibrated or compared."""
-    texts: dict[tuple[str, ...], Path] = {("verify", "data"): heldout_path(loaded)}
+    texts: dict[tuple[str, ...], Path] = {}
+    if not loaded.converts_only:
+        texts["verify", "data"] = heldout_path(loaded)
     if loaded.config.quantize.format != "fp16":
         texts["quantize", "calibration", "data"] = calibration_path(loaded)
     for keys, path in texts.items():
@@ -147,7 +180,7 @@ def _shape_is_unknown(loaded: LoadedConfig) -> bool:
 def _forecast(loaded: LoadedConfig, shape: ModelShape, source_dir: Path | None) -> Forecast:
     config = loaded.config
     mapping = config.mapping
-    ranks = mappings(mapping.tp, mapping.pp)
+    ranks = mappings(mapping.tp, mapping.pp, mapping.moe_ep)
     # KV heads are repeated when there are fewer than ranks; the first stage has the most layers.
     heads = max(1, shape.num_kv_heads // mapping.tp)
     layers = math.ceil(shape.num_layers / mapping.pp)
@@ -163,6 +196,10 @@ def _forecast(loaded: LoadedConfig, shape: ModelShape, source_dir: Path | None) 
 
 
 def _format(loaded: LoadedConfig) -> QuantFormat:
+    """Of the engine: what a quantized source has, else what the YAML asks for."""
+    declared = quantized_source(loaded)
+    if declared is not None:
+        return declared.format
     quantize = loaded.config.quantize
     fmt = FORMATS[quantize.format]
     return fmt if fmt.group_size is None else fmt.with_group_size(quantize.group_size)
@@ -172,7 +209,7 @@ def _source_bytes(source_dir: Path | None) -> int | None:
     if source_dir is None:
         return None
     try:
-        return sum(info.nbytes for info in CheckpointReader(source_dir).tensors.values())
+        return sum(info.nbytes for info in open_files(source_dir).tensors.values())
     except PipelineError:  # listed by `_weight_problems`
         return None
 
@@ -185,6 +222,7 @@ def _rank_problems(loaded: LoadedConfig) -> Iterator[Problem]:
                 loaded.where("mapping", name),
                 f"{size} ranks: engines of more than one rank are not built yet",
                 allowed="1",
+                fix="build.backend: none converts the checkpoint for this mapping and stops there",
             )
 
 
@@ -215,22 +253,32 @@ def _length_problems(loaded: LoadedConfig, shape: ModelShape) -> Iterator[Proble
         yield Problem(loaded.where("verify", "seq_len"), what, allowed)
 
 
+def _head_problems(loaded: LoadedConfig, shape: ModelShape) -> Iterator[Problem]:
+    problem = BACKENDS[loaded.config.build.backend].head_size_problem(shape.head_size)
+    if problem is not None:
+        yield replace(problem, where=loaded.where("build", "backend"))
+
+
 def _at_its_key(loaded: LoadedConfig, problem: Problem) -> Problem:
     """A problem of format or mapping, at the line of the YAML that causes it."""
     keys = ("quantize", "group_size") if problem.where.startswith("format") else ("mapping",)
     return replace(problem, where=loaded.where(*keys))
 
 
-def _weight_problems(source_dir: Path, quantized: bool) -> Iterator[Problem]:
+def _weight_problems(
+    source_dir: Path, declared: Declared | None, quantize: bool
+) -> Iterator[Problem]:
+    """`declared`: of a source that is quantized already; `quantize`: whether it will be."""
     tokenizer_problem = missing_tokenizer(source_dir) or _broken_tokenizer(source_dir)
     if tokenizer_problem is not None:
         yield tokenizer_problem
     try:
-        checkpoint = open_plain_checkpoint(source_dir)
+        open_source = open_plain_checkpoint if declared is None else open_original
+        checkpoint = open_source(source_dir)
     except PipelineError as error:
         yield from error.problems
         return
-    if quantized:
+    if quantize:
         yield from dtype_problems(checkpoint)
 
 

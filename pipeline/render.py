@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from pipeline.console import bytes_text
+from pipeline.manifest import Manifest
 from pipeline.plan import Plan
 from pipeline.preflight import Forecast
 from pipeline.targets import TARGETS
@@ -32,6 +33,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         ],
         "forecast": None if sizes is None else _forecast_json(sizes),
         "unhashed_bytes": plan.unhashed_bytes,
+        "notes": list(plan.notes),
         "problems": [vars(problem) for problem in plan.problems],
     }
 
@@ -61,6 +63,7 @@ def print_plan(plan: Plan, reasons: dict[str, list[str]], console: Console) -> N
         parts.append(
             f"{bytes_text(plan.unhashed_bytes)} of the original are hashed once when it runs"
         )
+    parts += [f"note: {note}" for note in plan.notes]
     console.print(Group(*parts))
 
 
@@ -69,10 +72,14 @@ def _title(plan: Plan) -> str:
     rehearsal = (
         " (rehearsal with synthetic weights: no quality gates)" if plan.loaded.rehearsal else ""
     )
+    product = (
+        "checkpoint only"
+        if plan.loaded.converts_only
+        else f"{config.build.backend} for {config.target} (SM{TARGETS[config.target].sm})"
+    )
     return (
         f"[bold]{config.name}[/]: {config.quantize.format}, tp {config.mapping.tp}, pp "
-        f"{config.mapping.pp}, {config.build.backend} for {config.target} "
-        f"(SM{TARGETS[config.target].sm}){rehearsal}"
+        f"{config.mapping.pp}, {product}{rehearsal}"
     )
 
 
@@ -109,22 +116,22 @@ def _size_table(plan: Plan, sizes: Forecast) -> Table:
     return table
 
 
-def print_manifest(directory: Path, manifest: dict[str, Any], console: Console) -> None:
+def print_manifest(directory: Path, manifest: Manifest, console: Console) -> None:
     """A published engine in a page: what it is made of, what it measured."""
-    config = manifest["config"]
-    rehearsal = " (rehearsal with synthetic weights)" if manifest["rehearsal"] else ""
-    console.print(f"[bold]{manifest['name']}[/]{rehearsal} in {directory}")
+    config, build = manifest.config, manifest.config.build
+    rehearsal = " (rehearsal with synthetic weights)" if manifest.rehearsal else ""
+    console.print(f"[bold]{manifest.name}[/]{rehearsal} in {directory}")
     console.print(
-        f"{config['quantize']['format']}, {config['build']['backend']} for {config['target']}, "
-        f"batch {config['build']['max_batch_size']}, {config['build']['max_seq_len']} tokens"
+        f"{config.quantize.format}, {build.backend} for {config.target}, "
+        f"batch {build.max_batch_size}, {build.max_seq_len} tokens"
     )
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right")
     table.add_column("sha256")
-    for name, entry in manifest["files"].items():
-        table.add_row(name, bytes_text(entry["bytes"]), entry["sha256"][:12])
+    for name, entry in manifest.files.items():
+        table.add_row(name, bytes_text(entry.bytes), entry.sha256[:12])
     console.print(table)
-    for stage, facts in manifest["facts"].items():
+    for stage, facts in manifest.facts.items():
         for name, value in facts.items():
             console.print(f"{stage}.{name}: {value}", markup=False)

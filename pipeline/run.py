@@ -45,15 +45,15 @@ class RunResult:
     """What a run left.
 
     Attributes:
-        engine_dir: the published engine.
-        repository_dir: the published Triton model repository.
+        engine_dir: the published engine, or the converted checkpoint where the build ends with it.
+        repository_dir: the published Triton model repository; None where the build ends earlier.
         artifacts: stage -> artifact.
         executed: stages that were not hits.
         published: whether anything visible changed.
     """
 
     engine_dir: Path
-    repository_dir: Path
+    repository_dir: Path | None
     artifacts: dict[str, Artifact]
     executed: tuple[str, ...]
     published: bool
@@ -77,7 +77,9 @@ def run(loaded: LoadedConfig, workspace: Workspace, view: RunView) -> RunResult:
     published = _publish(loaded, workspace, maker.artifacts)
     return RunResult(
         engine_dir=workspace.engines_dir / loaded.config.name,
-        repository_dir=workspace.repositories_dir / loaded.config.name,
+        repository_dir=(
+            None if loaded.converts_only else workspace.repositories_dir / loaded.config.name
+        ),
         artifacts=maker.artifacts,
         executed=tuple(maker.executed),
         published=published,
@@ -186,18 +188,21 @@ def _publish(loaded: LoadedConfig, workspace: Workspace, artifacts: dict[str, Ar
         "facts": {name: artifact.facts for name, artifact in artifacts.items()},
     }
 
-    def fill_engine(directory: Path) -> None:
-        link_tree(artifacts["build"].path, directory)
-        link_tree(artifacts["verify"].path, directory)
-
-    def fill_repository(directory: Path) -> None:
-        link_tree(artifacts["serve"].path, directory)
-
+    visible: list[tuple[Path, tuple[str, ...]]]
+    if loaded.converts_only:
+        visible = [(workspace.engines_dir, ("convert",))]
+    else:
+        visible = [
+            (workspace.engines_dir, ("build", "verify")),
+            (workspace.repositories_dir, ("serve",)),
+        ]
     changed = False
-    for parent, fill in (
-        (workspace.engines_dir, fill_engine),
-        (workspace.repositories_dir, fill_repository),
-    ):
+    for parent, stages in visible:
+
+        def fill(directory: Path, stages: tuple[str, ...] = stages) -> None:
+            for stage in stages:
+                link_tree(artifacts[stage].path, directory)
+
         destination = parent / loaded.config.name
         with workspace.store.lock(f"publish-{parent.name}-{loaded.config.name}", lambda: None):
             if not _is_published(destination, manifest):

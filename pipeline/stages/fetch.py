@@ -9,6 +9,7 @@ from pipeline.config import DemoSource, DirectorySource, HubSource, LoadedConfig
 from pipeline.demo import MODEL_DIR
 from pipeline.errors import CheckpointError, Problem, ToolError
 from pipeline.external import CHECKPOINT_PATTERNS, checkpoint_files
+from pipeline.links import circle_problem, resolved
 from pipeline.stages.stage import StageContext, StageDefaults
 
 
@@ -49,8 +50,8 @@ class Fetch(StageDefaults):
         directory = local_directory(loaded)
         if directory is None:
             return True
-        links = list(artifact_dir.glob("*.safetensors"))
-        return all(link.resolve() == (directory / link.name).resolve() for link in links)
+        links = [*artifact_dir.glob("*.safetensors"), *artifact_dir.glob("*.bin")]
+        return all(resolved(link) == resolved(directory / link.name) for link in links)
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Fill the artifact; local files are linked, not copied."""
@@ -70,7 +71,7 @@ def link_local(directory: Path, out_dir: Path) -> None:
     """Symbolic links to every file that counts: a checkpoint of 26 GB is not copied.
 
     Raises:
-        CheckpointError: the directory is missing or has no config.json.
+        CheckpointError: the directory is missing, has no config.json, or is a link in a circle.
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(no_checkpoint(directory))
@@ -80,6 +81,9 @@ def link_local(directory: Path, out_dir: Path) -> None:
 
 def no_checkpoint(directory: Path) -> Problem:
     """The problem of a directory that is not a checkpoint."""
+    circle = circle_problem(directory / "config.json")
+    if circle is not None:
+        return circle
     what = "no such directory" if not directory.is_dir() else "holds no config.json"
     return Problem(
         str(directory),

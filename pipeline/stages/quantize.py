@@ -19,7 +19,7 @@ class Quantize(StageDefaults):
 
     def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
         """Format, group size and how much text; which text is an external file."""
-        subset = loaded.config.quantize.model_dump(mode="json")
+        subset = loaded.config.quantize.model_dump(mode="json", exclude={"asymmetric"})
         del subset["calibration"]["data"]
         return subset
 

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.checkpoint.source import PLAIN_METHOD, open_files
 from pipeline.checkpoint.strict_json import parse_object
 from pipeline.errors import CheckpointError, PlanError, Problem, StageError
 from pipeline.models import ModelShape
 from pipeline.progress import Progress
 from pipeline.quant.calibration import TokenWindows, token_windows
-from pipeline.quant.source import SourceTokenizer, open_plain_checkpoint, refuse_foreign_tokens
+from pipeline.quant.source import SourceTokenizer, open_original, refuse_foreign_tokens
 from pipeline.verification.gates import VerifyOptions, judge
 from pipeline.verification.logits import EngineLogits, LogitsSource, OriginalLogits
 from pipeline.verification.report import (
@@ -65,7 +66,8 @@ def compare(
 ) -> Report:
     """Run both sides over windows of `texts` and judge the difference.
 
-    The original is the plain checkpoint in transformers (float32); the engine is the network and
+    The original is the checkpoint that the build started from, in transformers (float32); if it was
+    quantized already, its weights are dequantized, and the report says so. The engine is the network and
     the weights of `engine_dir` in ONNX Runtime.
 
     Raises:
@@ -75,7 +77,7 @@ def compare(
     """
     from pipeline.engine.onnxruntime import OnnxNetwork
 
-    checkpoint = open_plain_checkpoint(source_dir)
+    checkpoint = open_original(source_dir)
     shape = checkpoint.shape
     quant_algo = _check_engine_config(engine_dir)
     windows = token_windows(
@@ -99,9 +101,10 @@ def compare(
         windows,
         options,
         shape=shape,
+        quantized_by=None if checkpoint.method == PLAIN_METHOD else checkpoint.method,
         quant_algo=quant_algo,
         vocab_sizes=(original.vocab_size, engine.vocab_size),
-        checkpoint_bytes=sum(info.nbytes for info in checkpoint.reader.tensors.values()),
+        checkpoint_bytes=sum(info.nbytes for info in open_files(source_dir).tensors.values()),
         engine_files=_engine_files(engine_dir),
     )
 
@@ -186,6 +189,7 @@ def _report(
     options: VerifyOptions,
     *,
     shape: ModelShape,
+    quantized_by: str | None,
     quant_algo: str | None,
     vocab_sizes: tuple[int, int],
     checkpoint_bytes: int,
@@ -213,6 +217,7 @@ def _report(
     return Report(
         architecture=shape.architecture,
         quant_algo=quant_algo,
+        original_quantized_by=quantized_by,
         data=Data(
             num_windows=len(windows.tokens_WT),
             num_windows_available=windows.num_available,

@@ -94,6 +94,9 @@ class Report(_Record):
     Attributes:
         architecture: Hugging Face class name.
         quant_algo: TensorRT-LLM's name of the engine's weight format; None for fp16.
+        original_quantized_by: "modelopt", "awq" or "gptq" when the build started from weights that were
+            quantized already: then they are dequantized for the comparison, which says nothing about
+            what quantizing them had lost. None for plain weights.
         engine_files: name -> bytes of every file in the engine directory that holds weights or graph.
         mean_kl, p99_kl, max_kl: KL(original || engine), nats per token.
         top1_agreement: share of tokens where both rank the same token first.
@@ -104,6 +107,7 @@ class Report(_Record):
 
     architecture: str
     quant_algo: str | None
+    original_quantized_by: str | None = None
     data: Data
     original: Side
     engine: Side

@@ -101,6 +101,34 @@ def test_an_impossible_plan_as_json_is_one_document(
     assert len(document["problems"]) == 1
 
 
+@pytest.mark.parametrize("kind", ["directory", "config.json", "option"])
+def test_weights_that_are_a_link_to_themselves(
+    here: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    link = here / "loop"
+    weights = "loop"
+    if kind == "config.json":
+        (here / "hf").mkdir()
+        link, weights = here / "hf" / "config.json", "hf"
+    link.symlink_to(link.name)
+    if kind == "option":
+        config, options = write_build(here), ["--weights", weights]
+    else:
+        config = write_build(here, model={"source": "directory", "path": weights})
+        options = []
+    for verb in ("plan", "run"):
+        assert main([verb, str(config), *options, "--json"]) == 3
+        (problem,) = json.loads(capsys.readouterr().out)["problems"]
+        assert problem["what"] == f"a symbolic link that leads in a circle (to {link.name})"
+        assert problem["where"] == str(link)
+
+
+def test_a_config_that_is_a_link_to_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "a.yaml").symlink_to("a.yaml")
+    assert main(["plan", "a.yaml"]) == 2
+    assert "a.yaml: cannot be read: Too many levels of symbolic links" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["show", "verify", "serve"])
 def test_what_is_not_published_names_the_fix(
     here: Path, capsys: pytest.CaptureFixture[str], verb: str

@@ -76,6 +76,11 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
             "allowed: less than max_seq_len",
         ),
         ("name: ../x\nmodel: {source: demo}\n", "x.yaml:1: name: '../x' cannot name a directory"),
+        ('name: "x\\n"\nmodel: {source: demo}\n', r"x.yaml:1: name: 'x\n' cannot name a directory"),
+        (
+            'model: {source: demo}\nserve: {model_name: "x\\n"}\n',
+            r"x.yaml:2: serve.model_name: 'x\n' does not fit",
+        ),
         ("model: [demo\n", "x.yaml:2: YAML syntax: "),
         ("- a\n", "x.yaml:1: is not a mapping; allowed: `key: value` lines"),
         ("", "x.yaml:1: is not a mapping"),

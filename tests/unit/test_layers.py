@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"console", "render", "run", "support"},
+    {"console", "render", "run", "show", "support", "engine_contents"},
     {"stage_process"},
     {"explain"},
     {"plan"},
@@ -33,9 +33,10 @@ LAYERS: list[set[str]] = [
     {"quant.formats"},
     {"parallel"},
     {"workspace", "external", "launch"},
-    {"publish"},
+    {"publish", "manifest"},
     {"config", "store"},
-    {"strict_yaml", "targets", "progress", "orphans"},
+    {"memory", "strict_yaml", "targets", "progress", "orphans"},
+    {"hardlink", "links", "names"},
     {"errors"},
 ]
 # Stands apart: trains the demo model, and tells others where its files lie.

@@ -19,6 +19,8 @@ from pipeline.plan import Plan, make_plan
 from pipeline.weights import override_weights
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
+from tests.tiny import write_tiny_llama
+from tests.tiny_text import write_tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -285,3 +287,14 @@ def test_the_command_prints_one_json_document(build: Path, tmp_path: Path) -> No
         "serve",
     ]
     assert plan["forecast"]["fits"]
+
+
+def test_heads_without_an_attention_kernel_are_found_by_the_plan(tmp_path: Path) -> None:
+    weights = write_tiny_llama(tmp_path / "weights", head_dim=12)
+    write_tiny_tokenizer(weights)
+    config = write_build(tmp_path, backend="tensorrt_rtx", target="rtx4090")
+    (text,) = _texts(_plan(config, tmp_path))
+    assert text.endswith(
+        "build.backend: TensorRT-RTX has no attention kernel for heads of 12 channels; "
+        "allowed: multiples of 8, 16 to 256; fix: build.backend: onnxruntime"
+    )

@@ -206,7 +206,7 @@ while True:
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             stat = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()
-            command = open(f"/proc/{pid}/cmdline").read()
+            command = open(f"/proc/{pid}/cmdline", errors="replace").read()
         except OSError:
             continue
         if stat[1] == parent and command.split("\\0")[1:3] == ["-m", "pipeline.stages.worker"]:
@@ -270,6 +270,17 @@ def _start(config: Path, root: Path) -> subprocess.Popen[str]:
     )
 
 
+def test_a_build_may_end_with_the_checkpoint_of_any_mapping(tmp_path: Path) -> None:
+    config = write_build(tmp_path, mapping={"tp": 2, "pp": 2}, build={"backend": "none"})
+    result = _run(config, tmp_path)
+    assert result.executed == ("fetch", "convert")
+    assert result.repository_dir is None
+    assert _visible(tmp_path) == {"engines/tiny"}
+    names = {path.name for path in result.engine_dir.iterdir()}
+    assert names == {"config.json", "manifest.json", *(f"rank{r}.safetensors" for r in range(4))}
+    assert _run(config, tmp_path).executed == ()
+
+
 def test_two_runs_at_once_make_everything_once(tmp_path: Path) -> None:
     config = write_build(tmp_path)
     runs = [_start(config, tmp_path) for _ in range(2)]
@@ -322,7 +333,7 @@ def _workers_in(directory: Path, module: str = "pipeline.") -> list[str]:
 
 def _worker_command(process: Path, directory: Path) -> str | None:
     try:
-        command = (process / "cmdline").read_text()
+        command = (process / "cmdline").read_text(errors="replace")
         if "worker" in command and (process / "cwd").readlink() == directory:
             return command
     except OSError:  # it ended meanwhile
