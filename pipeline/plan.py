@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def stage_graph(loaded: LoadedConfig) -> Iterator[Step]:
 def make_plan(loaded: LoadedConfig, store: Store, digests: DigestCache) -> Plan:
     """Plan a build. Pure but for reading: nothing is written, nothing is downloaded."""
     missing = tuple(_missing_files(loaded))
-    files = [path for step in stage_graph(loaded) for path in _external_paths(loaded, step.stage)]
+    files = external_files(loaded, stage_graph(loaded))
     unhashed = 0 if missing else digests.unhashed_bytes(files)
     wait_for_hashes = unhashed > HASH_AT_ONCE_BYTES
     steps = tuple(_resolve(loaded, store, None if wait_for_hashes else digests))
@@ -129,8 +129,11 @@ def make_plan(loaded: LoadedConfig, store: Store, digests: DigestCache) -> Plan:
     )
 
 
-def _external_paths(loaded: LoadedConfig, stage: Stage) -> list[Path]:
-    return [path for paths in stage.external_files(loaded).values() for path in paths]
+def external_files(loaded: LoadedConfig, steps: Iterable[Step]) -> Iterator[Path]:
+    """Every file outside the store that decides the output of these steps."""
+    for step in steps:
+        for paths in step.stage.external_files(loaded).values():
+            yield from paths
 
 
 def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:

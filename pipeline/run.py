@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from pipeline import __version__
 from pipeline.config import LoadedConfig
 from pipeline.errors import PipelineError, Problem, StageError
 from pipeline.external import DigestCache
-from pipeline.plan import Plan, Step, make_plan
+from pipeline.plan import Plan, Step, external_files, make_plan
 from pipeline.progress import Progress
 from pipeline.publish import link_tree, publish
 from pipeline.stage_process import run_stage
@@ -94,17 +93,11 @@ def _plan_with_keys(
     plan.raise_problems()
     if plan.unhashed_bytes:
         view.say(f"hashing {plan.unhashed_bytes / 1e9:.1f} GB of the original checkpoint, once")
-        for path in _external_files(loaded, plan.steps):
+        for path in external_files(loaded, plan.steps):
             digests.digest(path)
         plan = make_plan(loaded, workspace.store, digests)
     digests.save()
     return plan
-
-
-def _external_files(loaded: LoadedConfig, steps: Iterable[Step]) -> Iterator[Path]:
-    for step in steps:
-        for paths in step.stage.external_files(loaded).values():
-            yield from paths
 
 
 class _Maker:
@@ -130,7 +123,7 @@ class _Maker:
         """Take the artifact from the store, or run the stage under the lock of its key."""
         name, action = step.stage.name, step.action
         assert action is not None
-        self._read += _external_files(self._loaded, [step])
+        self._read += external_files(self._loaded, [step])
         artifact = self._stored(step)
         if artifact is None:
             waiting = f"{name}: another run is making the same artifact; waiting for it"

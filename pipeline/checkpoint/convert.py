@@ -75,6 +75,26 @@ def convert_checkpoint(
     """
     checkpoint = checked_source(source_dir, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, options=options)
     progress.start(num_targets(checkpoint, pp), "tensors")
+    convert_checked(
+        checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, progress=progress, options=options
+    )
+
+
+def convert_checked(
+    checkpoint: HfCheckpoint,
+    out_dir: Path,
+    *,
+    tp: int,
+    pp: int,
+    moe_ep: int,
+    progress: Progress,
+    options: ConvertOptions,
+) -> None:
+    """All stages of what `checked_source` returned, then config.json.
+
+    Raises:
+        CheckpointError: every tensor with values that float16 cannot hold.
+    """
     problems = convert_stages(
         checkpoint,
         out_dir,

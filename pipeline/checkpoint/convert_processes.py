@@ -20,6 +20,7 @@ from pipeline import errors
 from pipeline.checkpoint.convert import (
     DEFAULT,
     checked_source,
+    convert_checked,
     convert_stages,
     num_targets,
     open_source,
@@ -89,38 +90,29 @@ def convert_in_processes(
     worthwhile = min(pp, 1 + source_bytes // BYTES_PER_PROCESS)
     count = processes_that_fit(MEMORY_PER_PROCESS, at_most=worthwhile)
     if count == 1:
-        problems = convert_stages(
-            checkpoint,
-            out_dir,
-            range(pp),
-            tp=tp,
-            pp=pp,
-            moe_ep=moe_ep,
-            progress=progress,
-            options=options,
+        convert_checked(
+            checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, progress=progress, options=options
         )
-        if problems:
-            raise CheckpointError(problems)
-    else:
-        # Beside the output: a rank on another host of an MPI job shares only this directory.
-        with tempfile.TemporaryDirectory(prefix=".convert-", dir=out_dir) as scratch:
-            shares = [
-                _Share(
-                    str(source_dir.resolve()),
-                    str(out_dir.resolve()),
-                    stages=tuple(range(index, pp, count)),
-                    tp=tp,
-                    pp=pp,
-                    moe_ep=moe_ep,
-                    options=asdict(options),
-                    result_path=f"{scratch}/{index}.json",
-                    progress_path=f"{scratch}/{index}.done",
-                    parent_pid=0 if launch == "mpirun" else os.getpid(),
-                )
-                for index in range(count)
-            ]
-            _run(shares, launch, Path(scratch), progress)
-            _raise_problems(shares, progress)
+        return
+    # Beside the output: a rank on another host of an MPI job shares only this directory.
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=out_dir) as scratch:
+        shares = [
+            _Share(
+                str(source_dir.resolve()),
+                str(out_dir.resolve()),
+                stages=tuple(range(index, pp, count)),
+                tp=tp,
+                pp=pp,
+                moe_ep=moe_ep,
+                options=asdict(options),
+                result_path=f"{scratch}/{index}.json",
+                progress_path=f"{scratch}/{index}.done",
+                parent_pid=0 if launch == "mpirun" else os.getpid(),
+            )
+            for index in range(count)
+        ]
+        _run(shares, launch, Path(scratch), progress)
+        _raise_problems(shares, progress)
     write_config(checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep)
 
 

@@ -106,6 +106,7 @@ def _load(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:
+        # The tokenizers library raises plain Exception for a file of another kind.
         if type(error) is not Exception:
             raise
         raise CheckpointError(
