@@ -17,7 +17,10 @@ from pipeline.names import BUILD_NAME, MODEL_NAME
 from pipeline.strict_yaml import Document, KeyPath, Location
 from pipeline.targets import TARGETS
 
-FormatName = Literal["fp16", "int4_awq", "int4_gptq", "w4a8_awq", "fp8", "int8_sq"]
+FormatName = Literal[
+    "fp16", "int4_awq", "int4_gptq", "w4a8_awq", "int8_wo", "int8_sq", "fp8", "mixed"
+]
+AlgorithmName = Literal["awq", "awq_clip", "gptq", "rtn", "smoothquant", "max"]
 BackendName = Literal["onnxruntime", "tensorrt_rtx", "none"]
 """`none` ends with the converted checkpoint, for trtllm-build or another tool."""
 LaunchMode = Literal["sequential", "mpirun"]
@@ -84,6 +87,17 @@ class QuantizeConfig(_Section):
 
     format: FormatName = "int4_awq"
     group_size: Literal[64, 128] = 128
+    algorithm: AlgorithmName | None = None
+    """How weights are rounded; None: the usual one of the format (`pipeline.quant.recipe`)."""
+    search: Literal["gram", "modelopt"] = "gram"
+    """Who searches AWQ's scales: Gram matrices, one scale for linears that share an input; or
+    ModelOpt's own passes over the tokens, which average such scales when they export."""
+    kv_cache: Literal["fp16", "fp8", "int8"] = "fp16"
+    """Scales for a quantized KV cache; the engines built here keep theirs in fp16."""
+    keep: tuple[str, ...] = ()
+    """Linears that stay fp16: their Hugging Face names, * stands for anything."""
+    budget: str | None = None
+    """With format mixed: mean bits per weight of the decoder layers' linears, such as "4.5 bits"."""
     asymmetric: Literal["keep", "requantize"] = "keep"
     """What becomes of zero points that a quantized checkpoint brings: kept exactly, or rounded away."""
     calibration: CalibrationConfig = CalibrationConfig()
