@@ -186,7 +186,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=2)
     launches = ("one", "sequential", "mpirun")
-    text = "one process for all, one for each stage, or those under MPI"
+    text = "one process for all, several with ranks of their own, or those under MPI"
     parser.add_argument("--launch", choices=launches, nargs="+", default=["one"], help=text)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import LaunchMode
+from pipeline.dead_process import death_problem, last_lines
 from pipeline.errors import PipelineError, Problem, StageError, ToolError, error_from_json
 from pipeline.memory import free_memory_bytes
 from pipeline.orphans import die_with_parent
 
-_LOG_TAIL_LINES = 15
 _POLL_S = 0.02
 
 
@@ -34,6 +34,7 @@ class RankJob:
     Attributes:
         log_path: takes standard output and error.
         error_path: where the module leaves `error_to_json` of a user's error; it need not.
+        name: how errors call it; "" is `rank {rank}`.
     """
 
     rank: int
@@ -41,6 +42,12 @@ class RankJob:
     argument: str
     log_path: str
     error_path: str
+    name: str = ""
+
+    @property
+    def where(self) -> str:
+        """What a problem of it starts with."""
+        return self.name or f"rank {self.rank}"
 
 
 def run_ranks(
@@ -132,7 +139,7 @@ def _run_mpi(jobs: Sequence[RankJob], jobs_path: Path) -> None:
         raise _failure(culprit, done.returncode)
     ranks = ", ".join(str(job.rank) for job in failed) or "none"
     what = f"mpirun ended with code {done.returncode}; unfinished ranks: {ranks}"
-    raise StageError(Problem("mpirun", f"{what}\n{_last_lines(done.stderr)}"))
+    raise StageError(Problem("mpirun", f"{what}\n{last_lines(done.stderr)}"))
 
 
 def find_mpirun() -> Path:
@@ -171,19 +178,9 @@ def _failure(job: RankJob, code: int) -> PipelineError:
     if error_path.exists():
         error = error_from_json(json.loads(error_path.read_text("utf-8")))
         return type(error)(
-            replace(problem, where=f"rank {job.rank}: {problem.where}")
-            for problem in error.problems
+            replace(problem, where=f"{job.where}: {problem.where}") for problem in error.problems
         )
-    cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    if code == -9:
-        cause += " (usually: out of memory)"
-    tail = _last_lines(Path(job.log_path).read_text("utf-8", errors="replace"))
-    return StageError(Problem(f"rank {job.rank}", f"{cause}; the end of its log:\n{tail}"))
-
-
-def _last_lines(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return "\n".join(f"    {line}" for line in lines[-_LOG_TAIL_LINES:])
+    return StageError(death_problem(job.where, code, Path(job.log_path)))
 
 
 def _finished_marker(job: RankJob) -> Path:

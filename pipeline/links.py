@@ -1,7 +1,7 @@
-"""Symbolic links that lead in a circle: found before something trips over them, and named.
+"""Paths that lead nowhere: found before something trips over them, and named.
 
-`Path.resolve` raises RuntimeError on them up to Python 3.12 and nothing later on; `resolved` is the same
-everywhere.
+Links in a circle: `Path.resolve` raises RuntimeError on them up to Python 3.12 and nothing later on;
+`resolved` is the same everywhere. Names that no file can have: `Path.is_file` raises OSError on them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,36 @@ import os
 from pathlib import Path
 
 from pipeline.errors import Problem
+
+_LONGEST_NAME_BYTES = 255
+_LONGEST_PATH_BYTES = 4095
+
+
+def possible_path(text: str, *, home: bool = True) -> Path:
+    """What somebody wrote, as a path.
+
+    Args:
+        home: `~` and `~user` at its start are home directories.
+
+    Raises:
+        ValueError: no file can have this path; the text says why.
+    """
+    shown = text if len(text) <= 40 else f"{text[:20]}...{text[-15:]}"
+    if "\0" in text:
+        raise ValueError(f"{shown!r} holds a null character")
+    try:
+        path = Path(text).expanduser() if home else Path(text)
+        sizes = [len(os.fsencode(part)) for part in (str(path), *path.parts)]
+    except RuntimeError:
+        raise ValueError(f"{shown!r}: there is no such user") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{shown!r} is not text that can name a file") from None
+    if max(sizes[1:], default=0) > _LONGEST_NAME_BYTES:
+        what = f"has a name of {max(sizes[1:])} bytes; files have at most {_LONGEST_NAME_BYTES}"
+        raise ValueError(f"{shown!r} {what}")
+    if sizes[0] > _LONGEST_PATH_BYTES:
+        raise ValueError(f"{shown!r} is longer than {_LONGEST_PATH_BYTES} bytes")
+    return path
 
 
 def resolved(path: Path) -> Path:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.config import LoadedConfig
-from pipeline.errors import Problem, StageError, error_from_json
+from pipeline.dead_process import death_problem
+from pipeline.errors import StageError, error_from_json
 from pipeline.progress import Progress
 from pipeline.stages.worker import Job
 from pipeline.store import LOG
 
-_LOG_TAIL_LINES = 12
 # Thread counts change the last bits of sums. They must not come from whatever shell a run starts in.
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -33,25 +33,31 @@ def run_stage(
     stage: str,
     loaded: LoadedConfig,
     inputs: Mapping[str, Path],
-    work_dir: Path,
+    out_dir: Path,
     progress: Progress,
+    work_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Run a stage to its end; returns the facts that it reports.
+
+    Args:
+        out_dir: becomes the artifact.
+        work_dir: of a resumable stage: outlives a run that fails or is killed.
 
     Raises:
         PipelineError: the stage's own error.
         StageError: its process ended without a word: a bug, or a kill.
     """
     read_fd, write_fd = os.pipe()
-    log_path = work_dir / LOG
+    log_path = out_dir / LOG
     job = Job(
         stage=stage,
         loaded=loaded,
         inputs=dict(inputs),
-        out_dir=work_dir,
+        out_dir=out_dir,
         log_path=log_path,
         report_fd=write_fd,
         parent_pid=os.getpid(),
+        work_dir=work_dir,
     )
     with log_path.open("wb") as log, os.fdopen(read_fd) as pipe:
         child = subprocess.Popen(
@@ -68,13 +74,13 @@ def run_stage(
         os.close(write_fd)
         with _ended_as_a_group(child):
             assert child.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it died at once; `_death` says how
+            with contextlib.suppress(BrokenPipeError):  # it died at once; `death_problem` says how
                 child.stdin.write(job.model_dump_json())
                 child.stdin.close()
             result = _follow(pipe, progress)
             code = child.wait()
     if result is None or (code != 0 and result["event"] == "done"):
-        raise StageError(_death(stage, code, log_path))
+        raise StageError(death_problem(f"stage {stage}", code, log_path))
     if result["event"] == "error":
         raise error_from_json(result)
     facts: dict[str, Any] = result["facts"]
@@ -113,14 +119,3 @@ def _follow(pipe: TextIO, progress: Progress) -> dict[str, Any] | None:
         else:
             handler(message)
     return result
-
-
-def _death(stage: str, code: int, log_path: Path) -> Problem:
-    cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    fix = ""
-    if code == -9:
-        fix = "usually the kernel ran out of memory: close other programs, or use a larger machine"
-    lines = log_path.read_text("utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-    tail = "\n".join(f"    {line}" for line in lines)
-    log = f"the end of its log:\n{tail}\n" if lines else "its log is empty"
-    return Problem(f"stage {stage}", f"{cause}; {log}", fix=fix)

@@ -9,8 +9,16 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.engine import BACKENDS
 from pipeline.models import ARCHITECTURES
-from pipeline.quant.formats import BUILDABLE, FORMATS
-from pipeline.quant.preflight import QUANTIZERS
+from pipeline.quant.backends import (
+    KNOWN_SMS,
+    ONNXRUNTIME,
+    TENSORRT_LLM,
+    TENSORRT_RTX,
+    refusal,
+    sms_for,
+)
+from pipeline.quant.formats import FORMATS, MIXABLE, MIXED
+from pipeline.quant.preflight import MADE
 from pipeline.targets import TARGETS
 
 
@@ -26,22 +34,56 @@ def support_markdown() -> str:
         for target in sorted(TARGETS.values(), key=lambda target: (target.sm, target.name))
     ]
     targets = _table(("target", "compute capability", *names), rows)
-    return "\n\n".join((formats, _LEGEND, targets))
+    backends = (ONNXRUNTIME, TENSORRT_RTX, TENSORRT_LLM)
+    runs = _table(
+        ("format", ONNXRUNTIME, TENSORRT_RTX, f"{TENSORRT_LLM} refuses"),
+        [(fmt, *(_runs(fmt, backend) for backend in backends)) for fmt in FORMATS],
+    )
+    return "\n\n".join((formats, _LEGEND, runs, _reasons(), targets))
 
 
 _LEGEND = """\
 "read": a checkpoint that is in this format already is read and converted. "made": the quantize stage
-makes it of plain weights. "built": an engine is built of it, with tp 1 and pp 1; `build.backend: none`
-converts for any legal tp, pp and moe_ep."""
+makes it of plain weights. Engines are built with tp 1 and pp 1; `build.backend: none` converts for any
+legal tp, pp and moe_ep. Which format runs where ("tensorrt_llm": what becomes of the checkpoint that
+`build.backend: none` leaves):"""
 
 
 def _depth(architecture: str, fmt: str) -> str:
     """How far an architecture gets in a format."""
     if fmt not in ARCHITECTURES[architecture].formats:
         return "no"
-    made = ["made"] if fmt in QUANTIZERS else []
-    built = ["built"] if fmt in BUILDABLE else []
-    return ", ".join(("read", *made, *built))
+    return "read, made" if fmt in MADE else "read"
+
+
+def _runs(fmt: str, backend: str) -> str:
+    """SMs on which a backend runs a format; of TensorRT-LLM, those on which it is known not to."""
+    if fmt == MIXED:
+        return "as its parts"
+    if backend == ONNXRUNTIME:
+        return "yes"
+    runs = sms_for(fmt, backend)
+    if backend == TENSORRT_LLM:
+        refused = [sm for sm in KNOWN_SMS if sm not in runs]
+        return _sms(refused) if runs else "every SM"
+    return _sms(runs) or "no"
+
+
+def _sms(sms: Iterable[int]) -> str:
+    return ", ".join(f"SM{sm}" for sm in sms)
+
+
+def _reasons() -> str:
+    """Why formats do not run somewhere, each reason once."""
+    found: dict[str, dict[str, None]] = {}
+    for backend in (TENSORRT_RTX, TENSORRT_LLM):
+        for fmt in (*MIXABLE, "int4_gptq"):
+            for sm in KNOWN_SMS:
+                refused = refusal(fmt, backend, sm)
+                if refused is not None and refusal("fp16", backend, sm) is None:
+                    text = f"{refused.reason} ({refused.source})"
+                    found.setdefault(text, {})[fmt] = None
+    return "\n".join(f"- {', '.join(formats)}: {text}" for text, formats in found.items())
 
 
 def _verdict(backend: str, target: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import read_config
 from pipeline.config import DirectorySource, HubSource, LoadedConfig, SyntheticSource
 from pipeline.errors import CheckpointError, PlanError, Problem
+from pipeline.links import possible_path
 from pipeline.stages.fetch import local_directory, no_checkpoint
 
 SYNTHETIC = "synthetic"
@@ -19,11 +19,14 @@ def override_weights(loaded: LoadedConfig, weights: str) -> LoadedConfig:
     A rehearsal with synthetic weights gets a name of its own, so that it never replaces a real engine.
 
     Raises:
-        PlanError: "synthetic" for a Hub model whose YAML has no `model.shape`.
+        PlanError: "synthetic" for a Hub model whose YAML has no `model.shape`; no possible path.
         CheckpointError: the directory, or its config.json, is missing or unreadable.
     """
     if weights != SYNTHETIC:
-        path = Path(weights).expanduser().absolute()
+        try:
+            path = possible_path(weights).absolute()
+        except ValueError as error:
+            raise PlanError(Problem("--weights", str(error))) from None
         if not (path / "config.json").is_file():
             raise CheckpointError(no_checkpoint(path))
         return _replace(loaded, model=DirectorySource(source="directory", path=str(path)))

@@ -17,6 +17,8 @@ class LocalHub:
     """One repository at one commit.
 
     Attributes:
+        kind: "model" or "dataset".
+        refuse: status and X-Error-Code of every answer; None: the repository is open.
         break_after: bytes after which the first transfer of a weight file is cut off; None: never.
         ranges: Range headers that were asked for, in order.
     """
@@ -26,6 +28,8 @@ class LocalHub:
     revision: str
     url: str = ""
     break_after: int | None = None
+    kind: str = "model"
+    refuse: tuple[int, str] | None = None
     ranges: list[str] = field(default_factory=list)
 
 
@@ -44,6 +48,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         hub, path = self.hub, self.path.split("?")[0]
+        if hub.refuse is not None:
+            self._send(hub.refuse[0], b"{}", {"X-Error-Code": hub.refuse[1]}, body)
+            return
+        if hub.kind == "dataset":
+            path = path.replace("/datasets/", "/", 1)
         if path == f"/api/models/{hub.model_id}/revision/{hub.revision}":
             names = sorted(file.name for file in hub.directory.iterdir())
             siblings = [{"rfilename": name} for name in names]
@@ -56,6 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(file, body)
             return
         code = "RevisionNotFound" if hub.model_id in path else "RepoNotFound"
+        if path.startswith(prefix):
+            code = "EntryNotFound"
         self._send(404, b"{}", {"X-Error-Code": code}, body)
 
     def _file(self, file: Path, body: bool) -> None:

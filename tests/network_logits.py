@@ -67,6 +67,11 @@ def _step(
     return network.run(ids_BS, offsets + start, starts, starts + num_tokens, offsets, cache)
 
 
+def whole(network: OnnxNetwork, ids_BS: npt.NDArray[np.int64]) -> Floats:
+    """Logits of every position, in one call."""
+    return _in_chunks(network, ids_BS, ())
+
+
 def _in_chunks(
     network: OnnxNetwork, ids_BS: npt.NDArray[np.int64], cuts: tuple[int, ...]
 ) -> Floats:
@@ -99,6 +104,11 @@ def _rows_apart(network: OnnxNetwork, ids_BS: npt.NDArray[np.int64]) -> Floats:
         )
         lengths_B = lengths_B + 1
     return logits_B1V[:, 0]
+
+
+def logits_of_network(network: OnnxNetwork, ids_BS: npt.NDArray[np.int64]) -> Floats:
+    """Of every position, in one call."""
+    return _in_chunks(network, ids_BS, ())
 
 
 def largest_difference(model: Any, network: OnnxNetwork, vocab_size: int) -> float:

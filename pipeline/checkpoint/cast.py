@@ -2,86 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.checkpoint.dtypes import NUMPY_DTYPES
-from pipeline.errors import Problem
-
-FLOAT16_MAX = 65504.0
+from pipeline.checkpoint.findings import Findings, Losses
 
 Array = npt.NDArray[Any]
 
 
-@dataclass
-class _Losses:
-    not_finite: int = 0
-    too_large: int = 0
-    largest: float = 0.0
-
-
 class Caster:
-    """Casts blocks of tensors and remembers, per source tensor, what did not fit."""
+    """Casts blocks of tensors; what did not fit goes into `findings`."""
 
-    def __init__(self, *, allow_not_finite: bool = False) -> None:
-        self._allow_not_finite = allow_not_finite
-        self._losses: dict[str, _Losses] = {}
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
 
-    def cast(self, name: str, values: Array, dtype: str) -> Array:
+    def cast(
+        self,
+        name: str,
+        values: Array,
+        dtype: str,
+        *,
+        target: str = "",
+        checked: tuple[slice, ...] | None = (),
+    ) -> Array:
         """`values` of source tensor `name` as safetensors dtype `dtype`.
 
         U8 to I8 keeps the bytes. Floats are rounded to nearest even, or widened to F32; NaN, Inf and
-        values beyond the range of float16 end up in `problems`.
+        values beyond the range of float16 are counted.
+
+        Args:
+            target: the tensor that is made of them.
+            checked: which of the values to look at; None: none of them.
         """
-        target = NUMPY_DTYPES[dtype]
-        if target.kind == "i":
-            return values.view(target)
-        if values.dtype == target:
-            if _has_not_finite(values):
-                self._note(name, values, values)
-            return values
-        if target == np.float32:
-            return self.cast(name, values.astype(np.float32), dtype)
-        assert target == np.float16, f"{name}: no cast from {values.dtype} to {dtype}"
-        with np.errstate(over="ignore"):  # counted below
-            narrow = values.astype(np.float16)
-        if _has_not_finite(narrow):
-            self._note(name, values.astype(np.float32), narrow)
-        return narrow
+        numpy_dtype = NUMPY_DTYPES[dtype]
+        if numpy_dtype.kind == "i":
+            return values.view(numpy_dtype)
+        cast = values
+        if values.dtype != numpy_dtype:
+            assert numpy_dtype in (np.float16, np.float32), f"{name}: {values.dtype} to {dtype}"
+            with np.errstate(over="ignore"):  # counted below
+                cast = values.astype(numpy_dtype)
+        if checked is not None:
+            seen = np.asarray(cast[checked])  # a single number would come as no array
+            if _has_not_finite(seen):
+                losses = _losses(np.asarray(values[checked]), seen)
+                self._findings.add_losses(name, target, losses)
+        return cast
 
-    @property
-    def problems(self) -> list[Problem]:
-        """One problem for each tensor that lost a value."""
-        problems = []
-        for name, losses in self._losses.items():
-            if losses.not_finite and not self._allow_not_finite:
-                what = f"{losses.not_finite} values are NaN or Inf"
-                fix = "repair the weights, or keep them so with convert.allow_not_finite: true"
-                problems.append(Problem(name, what, fix=fix))
-            if losses.too_large:
-                what = (
-                    f"{losses.too_large} values do not fit float16, the largest is "
-                    f"{losses.largest:.6g}"
-                )
-                problems.append(Problem(name, what, f"-{FLOAT16_MAX:.0f} to {FLOAT16_MAX:.0f}"))
-        return problems
 
-    @property
-    def not_finite(self) -> dict[str, int]:
-        """Source tensor -> how many of its values are NaN or Inf."""
-        return {name: loss.not_finite for name, loss in self._losses.items() if loss.not_finite}
-
-    def _note(self, name: str, before: Array, after: Array) -> None:
-        losses = self._losses.setdefault(name, _Losses())
-        finite = np.isfinite(before)
-        losses.not_finite += int(before.size - np.count_nonzero(finite))
-        lost = finite & ~np.isfinite(after)
-        if lost.any():
-            losses.too_large += int(np.count_nonzero(lost))
-            losses.largest = max(losses.largest, float(np.abs(before[lost]).max()))
+def _losses(values: Array, cast: Array) -> Losses:
+    with np.errstate(over="ignore"):
+        before = values.astype(np.float32)
+    finite = np.isfinite(before)
+    lost = finite & ~np.isfinite(cast)
+    return Losses(
+        not_finite=int(before.size - np.count_nonzero(finite)),
+        too_large=int(np.count_nonzero(lost)),
+        largest=float(np.abs(before[lost]).max()) if lost.any() else 0.0,
+    )
 
 
 def _has_not_finite(values: Array) -> bool:

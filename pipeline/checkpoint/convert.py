@@ -20,20 +20,28 @@ import numpy.typing as npt
 from pipeline.checkpoint.cast import Caster
 from pipeline.checkpoint.check import check_checkpoint, tied_pairs
 from pipeline.checkpoint.dtypes import NUMPY_DTYPES
+from pipeline.checkpoint.findings import Findings
+from pipeline.checkpoint.held import Held, held
 from pipeline.checkpoint.layout import (
     SourceTensor,
     TargetTensor,
     mapping_problems,
-    planned_bytes,
-    planned_tensors,
+    planned_sizes,
     stage_targets,
 )
 from pipeline.checkpoint.options import ConvertOptions
 from pipeline.checkpoint.padding import padded_shape
+from pipeline.checkpoint.shared_scales import code_ratios, largest_scale, rescaled
 from pipeline.checkpoint.source import HfCheckpoint, open_checkpoint
 from pipeline.checkpoint.source_blocks import source_blocks
 from pipeline.checkpoint.tensor_reader import TensorReader
-from pipeline.checkpoint.trtllm_config import CONFIG_FILE, trtllm_config, write_trtllm_config
+from pipeline.checkpoint.trtllm_config import (
+    CONFIG_FILE,
+    QUANT_FILE,
+    mixed_config,
+    trtllm_config,
+    write_trtllm_config,
+)
 from pipeline.checkpoint.writer import SafetensorsWriter, check_room
 from pipeline.errors import CheckpointError, PlanError, Problem
 from pipeline.parallel import Mapping, Part, mappings, part
@@ -63,9 +71,10 @@ def convert_checkpoint(
 ) -> None:
     """Writes config.json and rank{0..tp*pp-1}.safetensors into `out_dir`, which must exist.
 
-    Floats become float16; packed int4 and its scales are cut and joined as they are. Where the source
-    folded a pre-quant scale into the norm before it, ones are written in its place. Holds a few
-    blocks (see the module), whatever the size of the model.
+    Floats become float16; codes and their scales are cut and joined as they are, except FP8 codes of
+    fused weights whose scales differ (`shared_scales`). Where the source folded a pre-quant scale into
+    the norm before it, ones are written in its place. Holds a few blocks (see the module), whatever the
+    size of the model.
 
     Raises:
         CheckpointError: everything that is missing, unused, or of the wrong shape or dtype (before
@@ -74,7 +83,7 @@ def convert_checkpoint(
         StageError: not enough room on the disk.
     """
     checkpoint = checked_source(source_dir, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, options=options)
-    progress.start(num_targets(checkpoint, pp), "tensors")
+    progress.start(num_targets(checkpoint, mappings(tp, pp, moe_ep)), "tensors")
     convert_checked(
         checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, progress=progress, options=options
     )
@@ -95,18 +104,8 @@ def convert_checked(
     Raises:
         CheckpointError: every tensor with values that float16 cannot hold.
     """
-    problems = convert_stages(
-        checkpoint,
-        out_dir,
-        range(pp),
-        tp=tp,
-        pp=pp,
-        moe_ep=moe_ep,
-        progress=progress,
-        options=options,
-    )
-    if problems:
-        raise CheckpointError(problems)
+    findings = convert_ranks(checkpoint, out_dir, mappings(tp, pp, moe_ep), progress=progress)
+    judge(findings, progress, options)
     write_config(checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep)
 
 
@@ -139,60 +138,64 @@ def checked_source(
     illegal = mapping_problems(checkpoint.shape, checkpoint.format, tp, pp, moe_ep)
     if illegal:
         raise PlanError(illegal)
-    sizes = [
-        planned_bytes(checkpoint.shape, checkpoint.format, mapping)
-        for mapping in mappings(tp, pp, moe_ep)
-    ]
-    check_room(out_dir, sum(sizes))
+    ranks = mappings(tp, pp, moe_ep)
+    check_room(out_dir, sum(planned_sizes(checkpoint.shape, checkpoint.format, ranks)))
     _check_tied(checkpoint)
     return checkpoint
 
 
-def num_targets(checkpoint: HfCheckpoint, pp: int) -> int:
-    """How many times `convert_stages` reports progress for all stages."""
-    return sum(
-        1
-        for pp_rank in range(pp)
-        for _ in stage_targets(checkpoint.shape, checkpoint.format, pp, pp_rank)
-    )
+def num_targets(checkpoint: HfCheckpoint, ranks: Iterable[Mapping]) -> int:
+    """How many times `convert_ranks` reports progress for these ranks."""
+    stages = {(mapping.pp, mapping.pp_rank) for mapping in ranks}
+    targets = (stage_targets(checkpoint.shape, checkpoint.format, *stage) for stage in stages)
+    return sum(1 for stage in targets for _ in stage)
 
 
-def convert_stages(
-    checkpoint: HfCheckpoint,
-    out_dir: Path,
-    stages: Iterable[int],
-    *,
-    tp: int,
-    pp: int,
-    moe_ep: int = 1,
-    progress: Progress,
-    options: ConvertOptions = DEFAULT,
-) -> list[Problem]:
-    """Writes the rank files of some pipeline stages, which depend on no other stage.
+def convert_ranks(
+    checkpoint: HfCheckpoint, out_dir: Path, ranks: Sequence[Mapping], *, progress: Progress
+) -> Findings:
+    """Writes the files of some ranks, which depend on no other rank.
+
+    The bytes of a file do not depend on which ranks are converted together. Ranks of one stage read
+    the source once if they are; apart, each reads the rows that it holds.
 
     Returns:
-        Every tensor with values that float16 cannot hold: the files must not be used then.
+        What is said of the values for which these ranks answer (`held`).
 
     Raises:
         CheckpointError, StageError: as `convert_checkpoint`.
     """
-    caster = Caster(allow_not_finite=options.allow_not_finite)
-    for pp_rank in stages:
-        ranks = [mapping for mapping in mappings(tp, pp, moe_ep) if mapping.pp_rank == pp_rank]
-        _convert_stage(checkpoint, out_dir, ranks, caster, progress)
-    for name, count in caster.not_finite.items():
-        if options.allow_not_finite:
-            progress.say(
-                f"{name}: {count} values are NaN or Inf; convert.allow_not_finite keeps them"
-            )
-    return caster.problems
+    findings = Findings()
+    for pp_rank in dict.fromkeys(mapping.pp_rank for mapping in ranks):
+        stage = [mapping for mapping in ranks if mapping.pp_rank == pp_rank]
+        _convert_stage(checkpoint, out_dir, stage, findings, progress)
+    return findings
+
+
+def judge(findings: Findings, progress: Progress, options: ConvertOptions) -> None:
+    """Says what was done to values.
+
+    Raises:
+        CheckpointError: every tensor with values that float16 cannot hold: the files must not be used.
+    """
+    problems = findings.problems(options)
+    if problems:
+        raise CheckpointError(problems)
+    for note in findings.notes():
+        progress.say(note)
 
 
 def write_config(
     checkpoint: HfCheckpoint, out_dir: Path, *, tp: int, pp: int, moe_ep: int = 1
 ) -> None:
-    """Writes config.json, which makes rank files a checkpoint: the last step."""
-    config = trtllm_config(checkpoint.shape, checkpoint.format, tp=tp, pp=pp, moe_ep=moe_ep)
+    """Writes config.json, which makes rank files a checkpoint: the last step.
+
+    Before it quant_cfg.json, where linears have different formats.
+    """
+    shape, fmt = checkpoint.shape, checkpoint.format
+    if fmt.is_mixed:
+        write_trtllm_config(out_dir / QUANT_FILE, mixed_config(shape, fmt, pp=pp))
+    config = trtllm_config(shape, fmt, tp=tp, pp=pp, moe_ep=moe_ep)
     write_trtllm_config(out_dir / CONFIG_FILE, config)
 
 
@@ -200,7 +203,7 @@ def _convert_stage(
     checkpoint: HfCheckpoint,
     out_dir: Path,
     ranks: Sequence[Mapping],
-    caster: Caster,
+    findings: Findings,
     progress: Progress,
 ) -> None:
     shape, fmt = checkpoint.shape, checkpoint.format
@@ -209,12 +212,13 @@ def _convert_stage(
         writers = [
             stack.enter_context(
                 SafetensorsWriter(
-                    rank_path(out_dir, mapping.rank), planned_tensors(shape, fmt, mapping)
+                    rank_path(out_dir, mapping.rank),
+                    [target.spec(mapping) for target in targets],
                 )
             )
             for mapping in ranks
         ]
-        stage = _StageWriter(checkpoint.reader, list(zip(ranks, writers, strict=True)), caster)
+        stage = _StageWriter(checkpoint.reader, list(zip(ranks, writers, strict=True)), findings)
         for target in _in_file_order(targets, checkpoint.reader):
             stage.write(target)
             progress.advance(target.name)
@@ -234,17 +238,24 @@ def _in_file_order(targets: Iterable[TargetTensor], reader: TensorReader) -> lis
 
 
 class _StageWriter:
-    """Writes targets to all tensor-parallel ranks of one pipeline stage."""
+    """Writes targets to some tensor-parallel ranks of one pipeline stage."""
 
     def __init__(
         self,
         reader: TensorReader,
         ranks: Sequence[tuple[Mapping, SafetensorsWriter]],
-        caster: Caster,
+        findings: Findings,
     ) -> None:
         self._reader = reader
         self._ranks = ranks
-        self._caster = caster
+        self._caster = Caster(findings)
+        self._findings = findings
+        first = ranks[0][0]
+        self._stage = [
+            mapping
+            for mapping in mappings(first.tp, first.pp, first.moe_ep)
+            if mapping.pp_rank == first.pp_rank
+        ]
 
     def write(self, target: TargetTensor) -> None:
         if all(source.name not in self._reader.tensors for source in target.sources):
@@ -252,53 +263,96 @@ class _StageWriter:
         elif target.joined:
             self._join(target)
         else:
-            self._write_same(target)
+            self._write_one(target)
 
     def _join(self, target: TargetTensor) -> None:
         first_rows = [0] * len(self._ranks)
+        own = [frozenset(target.held_sources(mapping)) for mapping, _ in self._ranks]
+        ratios = code_ratios(self._reader, target)
+        self._findings.rescaled |= ratios.keys()
         for source in target.sources:
-            holders = [
-                index
-                for index, (mapping, _) in enumerate(self._ranks)
-                if source in target.held_sources(mapping)
-            ]
-            for start, block in source_blocks(self._reader, source):
-                values = self._caster.cast(source.name, block, target.dtype)
-                for index in holders:
-                    mapping, writer = self._ranks[index]
-                    _write_block(writer, target, first_rows[index], source, start, values, mapping)
+            holders = [index for index, sources in enumerate(own) if source in sources]
+            if holders:
+                self._copy(target, source, ratios.get(source.name), holders, first_rows)
+
+    def _copy(
+        self,
+        target: TargetTensor,
+        source: SourceTensor,
+        ratio: np.float32 | None,
+        holders: Sequence[int],
+        first_rows: list[int],
+    ) -> None:
+        """Writes one source to the ranks `holders`, and moves on where each of them writes."""
+        share = self._held(target, source)
+        lefts = [columns.start for columns in share.needed[1:]]
+        cut = (slice(None), *(slice(c.start, c.stop) for c in share.needed[1:]))
+        for start, block in source_blocks(self._reader, source, within=share.needed[0]):
+            needed = block[cut]
+            origin = (start, *lefts)
+            values = self._caster.cast(
+                source.name,
+                needed,
+                target.dtype,
+                target=target.name,
+                checked=share.checked_in(origin, needed.shape),
+            )
+            if ratio is not None:
+                values = rescaled(values, ratio)
             for index in holders:
                 mapping, writer = self._ranks[index]
-                rows = part(source.dims[0], mapping)
-                _write_padding(writer, target, first_rows[index], source, mapping)
-                first_rows[index] += rows.size
+                _write_block(writer, target, first_rows[index], source, origin, values, mapping)
+        for index in holders:
+            mapping, writer = self._ranks[index]
+            _write_padding(writer, target, first_rows[index], source, mapping)
+            first_rows[index] += part(source.dims[0], mapping).size
 
-    def _write_same(self, target: TargetTensor) -> None:
-        """For a scale of which the target has only one: linears are fused if theirs are equal.
+    def _write_one(self, target: TargetTensor) -> None:
+        """For a scale of which the target has only one: the largest, or linears are fused if theirs
+        are equal."""
+        values = {group[0].name: self._read_one(target, group) for group in target.groups}
+        if target.fill is not None and len({x.tobytes() for x in values.values()}) > 1:
+            self._findings.unlike_experts.add(target.sources[0].name)
+        for mapping, writer in self._ranks:
+            parts = [part(dim, mapping) for dim in target.sources[0].dims]
+            cut = tuple(_slice(one) for one in parts)
+            own = [
+                _padded(values[group[0].name][cut], parts, target.fill or 0)
+                for group in target.held_groups(mapping)
+            ]
+            writer.write(target.name, np.stack(own).reshape(target.spec(mapping).shape))
 
-        The scale of the input is so by nature, as they share their input; one for a whole weight is
-        if they were quantized together.
-        """
-        first, *others = (
-            self._caster.cast(source.name, self._reader.read(source.name), target.dtype)
-            for source in target.sources
-        )
+    def _read_one(self, target: TargetTensor, sources: Sequence[SourceTensor]) -> Array:
+        if target.at_least is not None:
+            return largest_scale(self._reader, sources, target.at_least)
+        first, *others = (self._whole(target, source) for source in sources)
         different = [
             source.name
-            for source, other in zip(target.sources[1:], others, strict=True)
+            for source, other in zip(sources[1:], others, strict=True)
             if other.tobytes() != first.tobytes()
         ]
         if different:
             what = (
-                f"differs from {target.sources[0].name}, but both become the one scale of a fused "
+                f"differs from {sources[0].name}, but both become the one scale of a fused "
                 f"linear ({target.name})"
             )
             raise CheckpointError(Problem(name, what) for name in different)
-        for mapping, writer in self._ranks:
-            parts = [part(dim, mapping) for dim in target.sources[0].dims]
-            values = first[tuple(_slice(one) for one in parts)]
-            padded = _padded(values, parts, target.fill or 0)
-            writer.write(target.name, padded.reshape(target.spec(mapping).shape))
+        return first
+
+    def _whole(self, target: TargetTensor, source: SourceTensor) -> Array:
+        values = self._reader.read(source.name)
+        origin = (0,) * len(source.dims)
+        checked = self._held(target, source).checked_in(origin, values.shape[: len(source.dims)])
+        return self._caster.cast(
+            source.name, values, target.dtype, target=target.name, checked=checked
+        )
+
+    def _held(self, target: TargetTensor, source: SourceTensor) -> Held:
+        holders = [mapping for mapping in self._stage if source in target.held_sources(mapping)]
+        own = [mapping for mapping, _ in self._ranks if mapping in holders]
+        if not own:
+            return Held((), None)
+        return held(source.dims, holders, own)
 
     def _fill(self, target: TargetTensor) -> None:
         assert target.fill is not None, f"{target.name}: check_checkpoint let a gap through"
@@ -312,15 +366,19 @@ def _write_block(
     target: TargetTensor,
     first_row: int,
     source: SourceTensor,
-    start: int,
+    origin: Sequence[int],
     values: Array,
     mapping: Mapping,
 ) -> None:
-    """Writes the overlap of rows [start, start + len(values)) of a source with a rank's part."""
+    """Writes the overlap of a block of a source, which begins at `origin`, with a rank's part."""
     rows, *columns = (part(dim, mapping) for dim in source.dims)
+    start, *lefts = origin
     low, high = max(start, rows.start), min(start + len(values), rows.stop)
     if low < high:
-        cut = (slice(low - start, high - start), *(_slice(column) for column in columns))
+        cut = (
+            slice(low - start, high - start),
+            *(slice(c.start - left, c.stop - left) for c, left in zip(columns, lefts, strict=True)),
+        )
         parts = [Part(0, high - low), *columns]
         padded = _padded(values[cut], parts, 0)
         writer.write_rows(target.name, first_row + low - rows.start, padded)

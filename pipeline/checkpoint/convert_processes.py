@@ -1,11 +1,17 @@
-"""Converts pipeline stages in processes of their own, as many at once as cores and memory carry.
+"""Converts ranks in several processes, as many at once as cores and free memory carry.
 
-Stages share no tensor but a tied embedding, so every process streams its own part of the source. Each
-runs `python -m pipeline.checkpoint.convert_processes JOB`, by itself or under mpirun.
+Every process has ranks of its own and writes their files alone. Whole pipeline stages go to one process
+each as long as there are no more processes than stages, because stages share no tensor but a tied
+embedding. More processes take a block of a stage's ranks each. They read what their ranks hold: rows of
+column-parallel weights that no other block needs, and all of the row-parallel ones, which come from the
+page cache for all but the first, as blocks of a stage go through the files side by side.
+
+Each runs `python -m pipeline.checkpoint.convert_processes JOB`, by itself or under mpirun.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -16,25 +22,32 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline import errors
 from pipeline.checkpoint.convert import (
     DEFAULT,
     checked_source,
     convert_checked,
-    convert_stages,
+    convert_ranks,
+    judge,
     num_targets,
     open_source,
     write_config,
 )
+from pipeline.checkpoint.describe import ranges
+from pipeline.checkpoint.findings import Findings, findings_from_json, merged
+from pipeline.checkpoint.importers.awq import METHOD as AWQ
+from pipeline.checkpoint.importers.gptq import METHOD as GPTQ
 from pipeline.checkpoint.options import ConvertOptions
+from pipeline.checkpoint.source import HfCheckpoint
 from pipeline.config import LaunchMode
-from pipeline.errors import CheckpointError, PipelineError, Problem
+from pipeline.errors import PipelineError, error_to_json
 from pipeline.launch import RankJob, processes_that_fit, run_at_once, run_ranks
 from pipeline.orphans import die_with_parent
+from pipeline.parallel import Mapping, mappings
 from pipeline.progress import Progress
 
 MEMORY_PER_PROCESS = 256 << 20
-"""Three times what was seen at any size (benchmarks/convert.py); page cache is not counted."""
+"""Three times what was seen at any size (benchmarks/convert.py); page cache is not counted. Linears of
+AutoAWQ and GPTQ come on top: they are held whole."""
 
 BYTES_PER_PROCESS = 1 << 30
 """Starting a process takes about as long as converting this much of the source."""
@@ -44,7 +57,8 @@ _WATCH_S = 0.5
 
 @dataclass(frozen=True)
 class _Share:
-    """What one process converts; it leaves its problems in `result_path`.
+    """What one process converts; it leaves what it found in `result_path`, or what stopped it in
+    `error_path`.
 
     Attributes:
         options: fields of ConvertOptions.
@@ -54,14 +68,20 @@ class _Share:
 
     source_dir: str
     out_dir: str
-    stages: tuple[int, ...]
+    ranks: tuple[int, ...]
     tp: int
     pp: int
-    options: dict[str, bool]
     moe_ep: int
+    options: dict[str, bool]
     result_path: str
+    error_path: str
     progress_path: str
     parent_pid: int
+
+    @property
+    def mappings(self) -> list[Mapping]:
+        """Of its ranks."""
+        return [mappings(self.tp, self.pp, self.moe_ep)[rank] for rank in self.ranks]
 
 
 def convert_in_processes(
@@ -75,7 +95,7 @@ def convert_in_processes(
     progress: Progress,
     options: ConvertOptions = DEFAULT,
 ) -> None:
-    """As `convert_checkpoint`, with the same bytes; stages at the same time where it is faster.
+    """As `convert_checkpoint`, with the same bytes; ranks at the same time where it is faster.
 
     Args:
         launch: "mpirun" starts the processes under MPI; "sequential" without it.
@@ -85,11 +105,9 @@ def convert_in_processes(
         ToolError: mpirun is missing.
     """
     checkpoint = checked_source(source_dir, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, options=options)
-    progress.start(num_targets(checkpoint, pp), "tensors")
-    source_bytes = sum(tensor.nbytes for tensor in checkpoint.reader.tensors.values())
-    worthwhile = min(pp, 1 + source_bytes // BYTES_PER_PROCESS)
-    count = processes_that_fit(MEMORY_PER_PROCESS, at_most=worthwhile)
-    if count == 1:
+    blocks = blocks_of_ranks(tp, pp, _num_processes(checkpoint, tp * pp))
+    if len(blocks) == 1:
+        progress.start(num_targets(checkpoint, mappings(tp, pp, moe_ep)), "tensors")
         convert_checked(
             checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep, progress=progress, options=options
         )
@@ -100,31 +118,64 @@ def convert_in_processes(
             _Share(
                 str(source_dir.resolve()),
                 str(out_dir.resolve()),
-                stages=tuple(range(index, pp, count)),
+                ranks=ranks,
                 tp=tp,
                 pp=pp,
                 moe_ep=moe_ep,
                 options=asdict(options),
                 result_path=f"{scratch}/{index}.json",
+                error_path=f"{scratch}/{index}.error",
                 progress_path=f"{scratch}/{index}.done",
                 parent_pid=0 if launch == "mpirun" else os.getpid(),
             )
-            for index in range(count)
+            for index, ranks in enumerate(blocks)
         ]
+        progress.start(sum(num_targets(checkpoint, share.mappings) for share in shares), "tensors")
         _run(shares, launch, Path(scratch), progress)
-        _raise_problems(shares, progress)
+        judge(_findings(shares), progress, options)
     write_config(checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep)
 
 
+def blocks_of_ranks(tp: int, pp: int, at_most: int) -> list[tuple[int, ...]]:
+    """The ranks of each process: whole stages, or equally many blocks of every stage."""
+    if at_most < 2 * pp:
+        count = min(at_most, pp)
+        return [
+            tuple(rank for stage in range(index, pp, count) for rank in _ranks(tp, stage))
+            for index in range(count)
+        ]
+    count = min(at_most // pp, tp)
+    edges = [tp * index // count for index in range(count + 1)]
+    return [
+        tuple(_ranks(tp, stage)[low:high])
+        for stage in range(pp)
+        for low, high in itertools.pairwise(edges)
+    ]
+
+
+def _ranks(tp: int, stage: int) -> range:
+    return range(stage * tp, (stage + 1) * tp)
+
+
+def _num_processes(checkpoint: HfCheckpoint, world_size: int) -> int:
+    tensors = checkpoint.reader.tensors.values()
+    worthwhile = min(world_size, 1 + sum(tensor.nbytes for tensor in tensors) // BYTES_PER_PROCESS)
+    held = 0
+    if checkpoint.method in (AWQ, GPTQ):
+        held = 2 * max(tensor.nbytes for tensor in tensors)
+    return processes_that_fit(MEMORY_PER_PROCESS + held, at_most=worthwhile)
+
+
 def _run(shares: Sequence[_Share], launch: LaunchMode, scratch: Path, progress: Progress) -> None:
-    """Every share in a process of its own; named by the first rank that it converts."""
+    """Every share in a process of its own, named by its ranks."""
     jobs = [
         RankJob(
-            rank=share.stages[0] * share.tp,
+            rank=share.ranks[0],
             module=__name__,
             argument=json.dumps(asdict(share)),
             log_path=f"{scratch}/{index}.log",
-            error_path=f"{scratch}/{index}.error",
+            error_path=share.error_path,
+            name=_name(share.ranks),
         )
         for index, share in enumerate(shares)
     ]
@@ -135,20 +186,14 @@ def _run(shares: Sequence[_Share], launch: LaunchMode, scratch: Path, progress: 
             run_at_once(jobs)
 
 
-def _raise_problems(shares: Sequence[_Share], progress: Progress) -> None:
-    """What the processes said and found, all at once; a full disk and the like before bad values."""
-    found: dict[str, list[Problem]] = {}
-    for share in shares:
-        result = json.loads(Path(share.result_path).read_text("utf-8"))
-        for text in result["said"]:
-            progress.say(text)
-        found.setdefault(result["kind"], []).extend(
-            Problem(**problem) for problem in result["problems"]
-        )
-    for name, problems in sorted(found.items(), key=lambda item: item[0] == "CheckpointError"):
-        if problems:
-            kind: type[PipelineError] = getattr(errors, name)
-            raise kind(problems)
+def _name(ranks: tuple[int, ...]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}"
+
+
+def _findings(shares: Sequence[_Share]) -> Findings:
+    """What the processes found, added up."""
+    texts = (Path(share.result_path).read_text("utf-8") for share in shares)
+    return merged(findings_from_json(json.loads(text)) for text in texts)
 
 
 @contextmanager
@@ -177,11 +222,10 @@ def _watching(paths: Sequence[Path], progress: Progress) -> Iterator[None]:
 
 
 class _FileProgress:
-    """One byte for each step; keeps what is said."""
+    """One byte for each step; what is said goes into the log."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
-        self.said: list[str] = []
 
     def start(self, total: int, unit: str) -> None:
         """The parent knows the total."""
@@ -190,33 +234,24 @@ class _FileProgress:
         self._file.write(b".")
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        print(text, flush=True)
 
 
-def main(argument: str) -> None:
-    """Convert one share. What is wrong goes into its result file; only a bug makes this fail."""
+def main(argument: str) -> int:
+    """Convert one share; the exit code is that of the first thing that went wrong, or 0."""
     share = _Share(**json.loads(argument))
     die_with_parent(share.parent_pid or os.getppid())
     progress = _FileProgress(Path(share.progress_path))
-    kind = CheckpointError.__name__
     options = ConvertOptions(**share.options)
     try:
-        problems = convert_stages(
-            open_source(Path(share.source_dir), tp=share.tp, options=options),
-            Path(share.out_dir),
-            share.stages,
-            tp=share.tp,
-            pp=share.pp,
-            moe_ep=share.moe_ep,
-            progress=progress,
-            options=options,
-        )
+        checkpoint = open_source(Path(share.source_dir), tp=share.tp, options=options)
+        findings = convert_ranks(checkpoint, Path(share.out_dir), share.mappings, progress=progress)
     except PipelineError as error:
-        kind, problems = type(error).__name__, list(error.problems)
-    listed = [vars(problem) for problem in problems]
-    result = {"kind": kind, "problems": listed, "said": progress.said}
-    Path(share.result_path).write_text(json.dumps(result), "utf-8")
+        Path(share.error_path).write_text(json.dumps(error_to_json(error)), "utf-8")
+        return int(error.exit_code)
+    Path(share.result_path).write_text(json.dumps(findings.to_json()), "utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -23,6 +23,7 @@ from pipeline.checkpoint.source import (
 from pipeline.checkpoint.strict_json import parse_object
 from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.errors import CheckpointError, PipelineError, Problem
+from pipeline.models.upstream import upstream_notes
 
 _RANK_FILE = re.compile(r"rank(\d+)\.safetensors")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -147,7 +148,7 @@ def describe_trtllm(directory: Path) -> Contents:
         quantization=trtllm_quantization(config),
         mapping=mapping,
         tensors=tensors,
-        notes=layout_notes(tensors),
+        notes=(*layout_notes(tensors), *upstream_notes(config)),
     )
 
 

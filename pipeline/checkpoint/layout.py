@@ -5,13 +5,16 @@ Works from a ModelShape alone, without weights; convert, plan and the synthetic 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from pipeline.checkpoint.choices import nearest_choices
 from pipeline.checkpoint.writer import TensorSpec, file_bytes
 from pipeline.errors import Problem
 from pipeline.models import ARCHITECTURES, Fused, ModelShape, Scope, Source, WeightRule
+from pipeline.models.linears import fused_groups, rule_linears
+from pipeline.models.rules import LAYER
 from pipeline.parallel import (
     Axis,
     Dim,
@@ -21,7 +24,7 @@ from pipeline.parallel import (
     part,
     why_not,
 )
-from pipeline.quant.formats import GROUP_SIZES, PLAIN, QuantFormat, StoredTensor
+from pipeline.quant.formats import GROUP_SIZES, PLAIN, KvCache, QuantFormat, StoredTensor
 
 _TP_CHOICES = range(1, 17)
 
@@ -49,6 +52,7 @@ class SourceTensor:
         transposed: stored as [in, out].
         runs: the rows of a tensor that holds other weights too; None: all rows.
         offset: added to every value.
+        scale: name of the number that scales its codes; joined codes need one for all. Empty: none.
     """
 
     name: str
@@ -59,6 +63,7 @@ class SourceTensor:
     transposed: bool = False
     runs: RowRuns | None = None
     offset: float = 0.0
+    scale: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,10 +79,13 @@ class TargetTensor:
     """A tensor of a TensorRT-LLM rank file.
 
     Attributes:
-        sources: joined along dimension 0 if `joined`, otherwise they must all be the same tensor.
+        sources: joined along dimension 0 if `joined`, otherwise they must all be the same tensor: those
+            of each expert, where experts are stacked.
         fill: written when none of the sources exist; None: they are required.
         num_experts: the tensor stacks those of the rank, and `sources` lists all, one after the other;
-            0: no experts.
+            0: nothing is stacked.
+        at_least: the tensor is one number (of each expert), the largest of the sources' and this;
+            None: they must all be the same tensor, or are joined.
     """
 
     name: str
@@ -86,25 +94,34 @@ class TargetTensor:
     joined: bool
     fill: float | None
     num_experts: int = 0
+    at_least: float | None = None
 
     def held_sources(self, mapping: Mapping) -> tuple[SourceTensor, ...]:
         """The sources of which a rank holds a part: those of its experts."""
+        return tuple(source for same in self.held_groups(mapping) for source in same)
+
+    @property
+    def groups(self) -> tuple[tuple[SourceTensor, ...], ...]:
+        """The sources of each expert; without a stack all of them."""
+        each = len(self.sources) // max(self.num_experts, 1)
+        starts = range(0, len(self.sources), each)
+        return tuple(self.sources[start : start + each] for start in starts)
+
+    def held_groups(self, mapping: Mapping) -> tuple[tuple[SourceTensor, ...], ...]:
+        """The groups of the experts that a rank holds."""
         if not self.num_experts:
-            return self.sources
+            return self.groups
         experts = experts_of_rank(self.num_experts, mapping)
-        each = len(self.sources) // self.num_experts
-        return self.sources[experts.start * each : experts.stop * each]
+        return self.groups[experts.start : experts.stop]
 
     def spec(self, mapping: Mapping) -> TensorSpec:
         """Its shape on one rank."""
-        held = self.held_sources(mapping)
-        shape = [part(dim, mapping).size for dim in held[0].dims]
+        groups = self.held_groups(mapping)
+        shape = [part(dim, mapping).size for dim in groups[0][0].dims] or [1]
         if self.joined:
-            shape[0] = sum(part(source.dims[0], mapping).size for source in held)
-        if self.num_experts:
-            stacked = self.num_experts // mapping.moe_ep
-            shape = [stacked, shape[0] // stacked, *shape[1:]]
-        return TensorSpec(self.name, self.dtype, tuple(shape) or (1,))
+            shape[0] = sum(part(source.dims[0], mapping).size for source in groups[0])
+        stack = [len(groups)] if self.num_experts else []
+        return TensorSpec(self.name, self.dtype, (*stack, *shape))
 
 
 def scope_targets(
@@ -122,11 +139,73 @@ def layer_targets(
 ) -> list[TargetTensor]:
     """Targets of one layer. Their names count from the first layer of the stage: `local_layer`."""
     numbers = {"source": layer, "target": local_layer}
-    return [
+    targets = [
         target
         for rule in _rules(shape, Scope.LAYER)
-        for target in _targets(rule, shape, fmt, numbers)
+        for target in _targets(
+            rule,
+            shape,
+            format_of(rule, shape, fmt, layer),
+            numbers,
+            conv1d=fmt.quant_algo is None,
+        )
     ]
+    if fmt.kv_cache != "fp16":
+        targets.append(_kv_cache_target(shape, fmt.kv_cache, numbers))
+    return targets
+
+
+def format_of(rule: WeightRule, shape: ModelShape, fmt: QuantFormat, layer: int) -> QuantFormat:
+    """The one format of all linears that a rule joins; of one without linears, `fmt` itself."""
+    if not (rule.quantized and fmt.exceptions):
+        return fmt
+    found = dict.fromkeys(fmt.of(name) for name in rule_linears(rule, shape, layer))
+    assert len(found) == 1, f"{rule.target}: {[one.name for one in found]}; see split_problems"
+    return next(iter(found))
+
+
+def split_problems(shape: ModelShape, fmt: QuantFormat) -> list[Problem]:
+    """Linears that become one, but have different formats; exceptions that name no linear."""
+    problems = []
+    known: set[str] = set()
+    for layer in range(shape.num_layers if fmt.exceptions else 0):
+        for group in fused_groups(shape, layer):
+            known.update(group)
+            names = sorted({fmt.of(name).name for name in group})
+            if len(names) > 1 or len({fmt.of(name) for name in group}) > 1:
+                what = f"is one linear in TensorRT-LLM, but is stored as {' and '.join(names)}"
+                shown = ", ".join(group[:3]) + (", ..." if len(group) > 3 else "")
+                problems.append(Problem(shown, what, fix="give all of them one format"))
+    problems += [
+        Problem(name, f"has a format, but {shape.architecture} has no such linear")
+        for name, _ in fmt.exceptions
+        if name not in known
+    ]
+    return problems
+
+
+def _kv_cache_target(shape: ModelShape, kv_cache: KvCache, numbers: dict[str, int]) -> TargetTensor:
+    """One scale for keys and values, which every rank has.
+
+    The unified layout keeps one for each beside the projections; the tensors are called k_proj and
+    v_proj there whatever the architecture calls them (ModelOpt 0.47). TensorRT-LLM takes the larger. Of
+    fp8, ModelOpt's exporter makes none below 1, so that what fp8 can hold is stored as it is.
+    """
+    dense = next(
+        rule for rule in _rules(shape, Scope.LAYER) if rule.target.endswith(".attention.dense")
+    )
+    attention, _, _ = dense.sources[0].name.format(layer=numbers["source"]).rpartition(".")
+    return TargetTensor(
+        name=f"{LAYER}.attention.kv_cache_scaling_factor".format(layer=numbers["target"]),
+        dtype="F32",
+        sources=tuple(
+            SourceTensor(f"{attention}.{one}_proj.{one}_scale", ("F32",), (), True, f"{one}_scale")
+            for one in ("k", "v")
+        ),
+        joined=False,
+        fill=None,
+        at_least=1.0 if kv_cache == "fp8" else 0.0,
+    )
 
 
 def stage_targets(
@@ -162,6 +241,14 @@ def planned_bytes(shape: ModelShape, fmt: QuantFormat, mapping: Mapping) -> int:
     return file_bytes(planned_tensors(shape, fmt, mapping))
 
 
+def planned_sizes(shape: ModelShape, fmt: QuantFormat, ranks: Iterable[Mapping]) -> Iterator[int]:
+    """`planned_bytes` of each rank; those of a stage in a row share the work."""
+    for (pp, pp_rank), stage in groupby(ranks, lambda mapping: (mapping.pp, mapping.pp_rank)):
+        targets = list(stage_targets(shape, fmt, pp, pp_rank))
+        for mapping in stage:
+            yield file_bytes(target.spec(mapping) for target in targets)
+
+
 def mapping_problems(
     shape: ModelShape, fmt: QuantFormat, tp: int, pp: int, moe_ep: int = 1
 ) -> list[Problem]:
@@ -176,21 +263,48 @@ def mapping_problems(
     elif illegal_experts:
         problems.append(illegal_experts)
     else:
-        choices = [
-            str(n)
-            for n in _TP_CHOICES
-            if n % moe_ep == 0 and not _cut_problems(shape, fmt, n, moe_ep)
-        ]
-        allowed = f"tp {', '.join(choices)}"
-        fix = nearest_choices(shape, fmt, tp, _cut_problems)
-        problems += [
-            Problem(f"tp={tp}", what, allowed, fix)
-            for what in _cut_problems(shape, fmt, tp, moe_ep)
-        ]
+        problems += _tp_problems(shape, fmt, tp, moe_ep)
+    if pp > 1 and fmt.exceptions and not problems and pp <= shape.num_layers:
+        problems += _stage_problems(shape, fmt, pp)
     if pp > shape.num_layers:
         what = f"the model has only {shape.num_layers} layers"
         problems.append(Problem(f"pp={pp}", what, f"pp 1 to {shape.num_layers}"))
     return problems
+
+
+def _tp_problems(shape: ModelShape, fmt: QuantFormat, tp: int, moe_ep: int) -> list[Problem]:
+    reasons = _cut_problems(shape, fmt, tp, moe_ep)
+    if not reasons:
+        return []
+    choices = [
+        str(n) for n in _TP_CHOICES if n % moe_ep == 0 and not _cut_problems(shape, fmt, n, moe_ep)
+    ]
+    fix = nearest_choices(shape, fmt, tp, _cut_problems)
+    return [Problem(f"tp={tp}", what, f"tp {', '.join(choices)}", fix) for what in reasons]
+
+
+def local_formats(shape: ModelShape, fmt: QuantFormat, pp: int) -> list[dict[str, QuantFormat]]:
+    """For each local layer, `layer_formats` of it; `mapping_problems` must be empty."""
+    stages = [layers_of_stage(shape.num_layers, pp, pp_rank) for pp_rank in range(pp)]
+    return [layer_formats(shape, fmt, layer) for layer in max(stages, key=len)]
+
+
+def _stage_problems(shape: ModelShape, fmt: QuantFormat, pp: int) -> list[Problem]:
+    """TensorRT-LLM names the formats of linears by local layer, the same list for all stages."""
+    first: dict[int, tuple[int, dict[str, QuantFormat]]] = {}
+    for pp_rank in range(pp):
+        for local, layer in enumerate(layers_of_stage(shape.num_layers, pp, pp_rank)):
+            formats = layer_formats(shape, fmt, layer)
+            other, expected = first.setdefault(local, (layer, formats))
+            if formats != expected:
+                what = (
+                    f"layers {other} and {layer} are both layer {local} of a stage, and have "
+                    "different formats; TensorRT-LLM counts layers from the first of a stage, so its "
+                    "config cannot tell them apart"
+                )
+                fix = "pp: 1, or the same formats at the same place of every stage"
+                return [Problem(f"pp={pp}", what, fix=fix)]
+    return []
 
 
 def _expert_problem(shape: ModelShape, tp: int, moe_ep: int) -> Problem | None:
@@ -207,14 +321,56 @@ def _expert_problem(shape: ModelShape, tp: int, moe_ep: int) -> Problem | None:
 def _cut_problems(shape: ModelShape, fmt: QuantFormat, tp: int, moe_ep: int = 1) -> list[str]:
     targets = [
         *scope_targets(shape, fmt, Scope.FIRST),
-        *layer_targets(shape, fmt, layer=0, local_layer=0),
+        *_different_targets(shape, fmt),
         *scope_targets(shape, fmt, Scope.LAST),
     ]
     dims = dict.fromkeys(
         dim for target in targets for source in target.sources for dim in source.dims
     )
     reasons = (why_not(dim, tp // moe_ep if dim.axis is Axis.EXPERT_FFN else tp) for dim in dims)
-    return [reason for reason in reasons if reason]
+    return [reason for reason in reasons if reason] + _run_problems(shape, fmt)
+
+
+def _run_problems(shape: ModelShape, fmt: QuantFormat) -> list[str]:
+    """Fused linears whose heads do not end where a stored row ends: packed rows come in pairs."""
+    divisors = {
+        one.divisor(dim)
+        for one in fmt.parts
+        for stored in one.tensors
+        for dim in stored.dims or ()
+        if dim.parent == 0
+    }
+    found = {
+        axis: _run_rows(source.fused, axis, shape)
+        for rule in _rules(shape, Scope.LAYER)
+        if rule.quantized
+        for source in rule.sources
+        if source.fused
+        for axis in source.fused.parts
+    }
+    return [
+        f"{axis.value}: {rows} consecutive rows of a fused linear are not a multiple of {divisor}"
+        for axis, rows in found.items()
+        for divisor in divisors
+        if rows % divisor
+    ]
+
+
+def layer_formats(shape: ModelShape, fmt: QuantFormat, layer: int) -> dict[str, QuantFormat]:
+    """Format of each quantized target of a layer, by its name within the layer: "attention.qkv"."""
+    return {
+        rule.target.removeprefix(f"{LAYER}."): format_of(rule, shape, fmt, layer).usual
+        for rule in _rules(shape, Scope.LAYER)
+        if rule.quantized
+    }
+
+
+def _different_targets(shape: ModelShape, fmt: QuantFormat) -> Iterator[TargetTensor]:
+    """Targets of a layer, in each format that one of the layers has there."""
+    for rule in _rules(shape, Scope.LAYER):
+        layers = range(shape.num_layers if rule.quantized and fmt.exceptions else 1)
+        for one in dict.fromkeys(format_of(rule, shape, fmt, layer) for layer in layers):
+            yield from _targets(rule, shape, one, {"source": 0, "target": 0})
 
 
 def _fits_group_size(shape: ModelShape, fmt: QuantFormat, group_size: int) -> bool:
@@ -232,19 +388,34 @@ def _rules(shape: ModelShape, scope: Scope, pp: int = 1) -> list[WeightRule]:
 
 
 def _targets(
-    rule: WeightRule, shape: ModelShape, fmt: QuantFormat, layers: dict[str, int]
+    rule: WeightRule,
+    shape: ModelShape,
+    fmt: QuantFormat,
+    layers: dict[str, int],
+    conv1d: bool = True,
 ) -> Iterator[TargetTensor]:
-    """What one rule writes; `layers` numbers the {layer} of source and target names."""
+    """What one rule writes.
+
+    Args:
+        layers: numbers the {layer} of source and target names.
+        conv1d: weights that the architecture keeps as [in, out] are stored so. In a quantized
+            checkpoint they are not, quantized or left plain: ModelOpt, AutoAWQ and GPTQ put an ordinary
+            linear in the place of GPT-2's Conv1D.
+    """
     target_name = rule.target.format(layer=layers.get("target"))
     plain = tuple(
         replace(stored, source=rule.suffix, target=rule.suffix, target_dtype=rule.dtype)
         for stored in PLAIN
     )
+    sources_as_stored = [
+        replace(source, transposed=source.transposed and conv1d)
+        for source in rule.sources_for(shape)
+    ]
     for stored in fmt.tensors if rule.quantized else plain:
         sources = tuple(
             _source(rule, source, stored, shape, fmt, {"layer": layers.get("source"), **expert})
             for expert in _experts(rule, shape)
-            for source in rule.sources_for(shape)
+            for source in sources_as_stored
         )
         yield TargetTensor(
             name=f"{target_name}.{stored.target}",
@@ -252,7 +423,8 @@ def _targets(
             sources=sources,
             joined=_follows_rows(stored),
             fill=stored.fill,
-            num_experts=shape.num_experts if rule.experts else 0,
+            at_least=0.0 if stored.largest else None,
+            num_experts=shape.num_experts if rule.experts and stored.per_expert else 0,
         )
 
 
@@ -283,8 +455,9 @@ def _source(
             for dim in stored.dims
         )
     has_rows = _follows_rows(stored)
+    linear = source.name.format(**numbers)
     return SourceTensor(
-        name=f"{source.name.format(**numbers)}.{stored.source}",
+        name=f"{linear}.{stored.source}",
         dtypes=stored.source_dtypes,
         dims=dims,
         required=stored.fill is None,
@@ -292,10 +465,17 @@ def _source(
         transposed=source.transposed,
         runs=_runs(source.fused, shape, dims[0].divisor) if source.fused and has_rows else None,
         offset=source.offset,
+        scale=f"{linear}.{stored.scaled_by}" if stored.scaled_by else "",
     )
 
 
 def _runs(fused: Fused, shape: ModelShape, divisor: int) -> RowRuns:
     groups = shape.num_kv_heads if fused.per_kv_head else 1
-    sizes = [shape.extent(axis).size // groups // divisor for axis in fused.parts]
+    sizes = [_run_rows(fused, axis, shape) // divisor for axis in fused.parts]
     return RowRuns(groups, sum(sizes), sum(sizes[: fused.index]), sizes[fused.index])
+
+
+def _run_rows(fused: Fused, axis: Axis, shape: ModelShape) -> int:
+    """Rows of one part that lie together."""
+    groups = shape.num_kv_heads if fused.per_kv_head else 1
+    return shape.extent(axis).size // groups

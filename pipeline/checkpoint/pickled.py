@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pipeline.checkpoint.dtypes import NUMPY_DTYPES, num_bytes
 from pipeline.checkpoint.header import TensorInfo
 from pipeline.checkpoint.index import check_index, read_index
+from pipeline.checkpoint.mapped_file import MappedFile
 from pipeline.checkpoint.tensor_reader import RowReader, contiguous
 from pipeline.errors import CheckpointError, Problem
 
@@ -70,12 +71,14 @@ class PickledReader(RowReader):
         files, weight_map = ([path], None) if path.is_file() else _files_of_directory(path)
         tensors: dict[str, TensorInfo] = {}
         self._values: dict[tuple[Path, int], torch.Tensor] = {}
+        self._mapped: dict[Path, MappedFile] = {}
         problems: list[Problem] = []
         for file in files:
             loaded = _load(file)
             if isinstance(loaded, Problem):
                 problems.append(loaded)
                 continue
+            self._mapped[file] = MappedFile(file)
             for position, (name, value) in enumerate(loaded.items()):
                 info = _info(name, value, file, position)
                 if isinstance(info, Problem):
@@ -104,6 +107,8 @@ class PickledReader(RowReader):
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         view = rows.contiguous().view(integers[value.element_size()])
         copied: npt.NDArray[Any] = np.array(view.numpy())
+        if rows.is_contiguous():
+            self._mapped[info.file].forget(rows.data_ptr(), copied.nbytes)
         return contiguous(copied).view(dtype)
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pipeline.checkpoint.dtypes import NUMPY_DTYPES
 from pipeline.checkpoint.header import TensorInfo, read_header
 from pipeline.checkpoint.index import check_index, read_index, why_no_file
+from pipeline.checkpoint.tensor_reader import row_ranges
 from pipeline.errors import CheckpointError, Problem
 
 __all__ = ["BLOCK_BYTES", "CheckpointReader", "TensorInfo"]
@@ -77,18 +78,16 @@ class CheckpointReader:
         return columns
 
     def row_blocks(
-        self, name: str, block_bytes: int = BLOCK_BYTES
+        self, name: str, block_bytes: int = BLOCK_BYTES, within: range | None = None
     ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """The tensor as (first row, rows), each at most `block_bytes`, or one row if that is more."""
+        """See TensorReader."""
         tensor = self.tensors[name]
-        num_rows = tensor.shape[0]
-        row_bytes = max(tensor.nbytes // max(num_rows, 1), 1)
-        step = max(block_bytes // row_bytes, 1)
+        row_bytes = tensor.nbytes // max(tensor.shape[0], 1)
+        skipped = within.start * row_bytes if within else 0
         # One descriptor for all blocks: the kernel's read-ahead belongs to it.
-        with _opened(tensor, tensor.offset) as file:
-            for start in range(0, num_rows, step):
-                shape = (min(step, num_rows - start), *tensor.shape[1:])
-                yield start, self._read(file, tensor, shape)
+        with _opened(tensor, tensor.offset + skipped) as file:
+            for start, stop in row_ranges(tensor, block_bytes, within):
+                yield start, self._read(file, tensor, (stop - start, *tensor.shape[1:]))
 
     @staticmethod
     def _read(file: FileIO, tensor: TensorInfo, shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -9,35 +9,29 @@ from typing import Any
 
 from pipeline.checkpoint.importers.awq import METHOD as AWQ
 from pipeline.checkpoint.importers.awq import awq_layout
-from pipeline.checkpoint.importers.fields import LEFT_ALONE
 from pipeline.checkpoint.importers.gptq import METHOD as GPTQ
 from pipeline.checkpoint.importers.gptq import gptq_layout
+from pipeline.checkpoint.importers.modelopt import METHOD as MODELOPT
+from pipeline.checkpoint.importers.modelopt import fields_of_config, modelopt_format
 from pipeline.checkpoint.importers.repacked import Layout, RepackedReader
-from pipeline.checkpoint.layout import planned_sources
+from pipeline.checkpoint.layout import planned_sources, split_problems
 from pipeline.checkpoint.pickled import PickledReader, holds_pickles
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.strict_json import parse_object
 from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.errors import CheckpointError, Problem
 from pipeline.models import ARCHITECTURES, Architecture, ModelShape, shape_from_hf
-from pipeline.quant.formats import FORMATS, GROUP_SIZES, QuantFormat
+from pipeline.models.plain_modules import plain_modules
+from pipeline.quant.formats import FORMATS, QuantFormat
 
 CONFIG_FILE = "config.json"
 QUANT_CONFIG_FILE = "hf_quant_config.json"
+_QUANTIZATION = f"{CONFIG_FILE}: quantization_config"
 SUPPORTED = (
-    "plain float16/bfloat16/float32 weights, ModelOpt unified int4_awq, w4a8_awq, fp8 and int8_sq, "
-    "AutoAWQ gemm, GPTQ"
+    "plain float16/bfloat16/float32 weights, ModelOpt unified int4_awq, w4a8_awq, fp8, int8_sq, "
+    "int8_wo and mixed, AutoAWQ gemm, GPTQ"
 )
-PLAIN_METHOD, MODELOPT = "plain", "modelopt"
-
-# Known by name, and why they stop here.
-_RECOGNISED = {
-    "FP8_PER_CHANNEL_PER_TOKEN": "one scale per token, which no table describes",
-    "NVFP4": "4-bit floats; no engine here has kernels for them. Its header can be shown, not converted",
-    "W4A16_NVFP4": "4-bit floats; no engine here has kernels for them. Its header can be shown, "
-    "not converted",
-    "MIXED_PRECISION": "layers are quantized differently, which no table describes",
-}
+PLAIN_METHOD = "plain"
 
 
 @dataclass(frozen=True)
@@ -86,9 +80,13 @@ def open_checkpoint(directory: Path, *, requantize: bool = False) -> HfCheckpoin
     declared = read_declared(directory, requantize=requantize)
     shape = shape_from_hf(config)
     allowed = ARCHITECTURES[shape.architecture].formats
-    if declared.format.name not in allowed:
-        what = f"{shape.architecture} in {declared.format.name} is not supported"
+    unknown = [one.name for one in declared.format.parts if one.name not in allowed]
+    if unknown:
+        what = f"{shape.architecture} in {unknown[0]} is not supported"
         raise CheckpointError(Problem(str(directory), what, f"formats {', '.join(allowed)}"))
+    split = split_problems(shape, declared.format)
+    if split:
+        raise CheckpointError(split)
     files = open_files(directory)
     add_base_prefix(files, ARCHITECTURES[shape.architecture])
     reader: TensorReader = files
@@ -136,7 +134,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def detect_format(source_dir: Path) -> str:
-    """Name of the weight format of a Hugging Face checkpoint: "fp16" or "int4_awq".
+    """Name of the weight format of a Hugging Face checkpoint: a key of FORMATS.
 
     Raises:
         CheckpointError: quantized in another way; names what is supported.
@@ -151,25 +149,47 @@ def read_format(source_dir: Path) -> QuantFormat:
 
 def read_declared(source_dir: Path, *, requantize: bool = False) -> Declared:
     """Who quantized a Hugging Face checkpoint, and how; config files only. Raises CheckpointError."""
-    declared = read_config(source_dir).get("quantization_config")
-    path = source_dir / QUANT_CONFIG_FILE
-    where = f"{CONFIG_FILE}: quantization_config"
-    if not isinstance(declared, dict | None):
-        raise CheckpointError(Problem(where, f"{declared!r}", "null, a mapping"))
-    method = MODELOPT if declared is None else declared.get("quant_method")
-    if declared is not None and method == AWQ:
-        return _foreign(AWQ, awq_layout(declared, where, requantize=requantize))
-    if declared is not None and method == GPTQ:
-        return _foreign(GPTQ, gptq_layout(declared, where, requantize=requantize))
-    if method != MODELOPT:
-        what = f"quant_method {method!r} is not supported"
-        raise CheckpointError(Problem(where, what, SUPPORTED))
+    config, path = read_config(source_dir), source_dir / QUANT_CONFIG_FILE
+    declared = _quantization_config(config)
+    if declared is not None and declared.get("quant_method") != MODELOPT:
+        return _by_others(declared, config, requantize=requantize)
     if path.exists():
-        return Declared(MODELOPT, _modelopt_format(path))
+        return Declared(MODELOPT, _modelopt_format(path, config))
     if declared is not None:
         what = f"missing, but {CONFIG_FILE} says that ModelOpt quantized the weights"
         raise CheckpointError(Problem(str(path), what, fix="export with export_hf_checkpoint"))
     return Declared(PLAIN_METHOD, FORMATS["fp16"])
+
+
+def declared_in(config: Mapping[str, Any], *, requantize: bool = False) -> Declared:
+    """What a config.json alone says, of a model whose files are not here. Raises CheckpointError."""
+    declared = _quantization_config(config)
+    if declared is None:
+        return Declared(PLAIN_METHOD, FORMATS["fp16"])
+    if declared.get("quant_method") != MODELOPT:
+        return _by_others(declared, config, requantize=requantize)
+    fields = fields_of_config(declared)
+    return Declared(MODELOPT, modelopt_format(fields, config, _QUANTIZATION, SUPPORTED))
+
+
+def _quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    declared = config.get("quantization_config")
+    if not isinstance(declared, dict | None):
+        raise CheckpointError(Problem(_QUANTIZATION, f"{declared!r}", "null, a mapping"))
+    return declared
+
+
+def _by_others(
+    declared: dict[str, Any], config: Mapping[str, Any], *, requantize: bool
+) -> Declared:
+    method = declared.get("quant_method")
+    if method == AWQ:
+        plain = plain_modules(config)
+        return _foreign(AWQ, awq_layout(declared, _QUANTIZATION, plain, requantize=requantize))
+    if method == GPTQ:
+        return _foreign(GPTQ, gptq_layout(declared, _QUANTIZATION, requantize=requantize))
+    what = f"quant_method {method!r} is not supported"
+    raise CheckpointError(Problem(_QUANTIZATION, what, SUPPORTED))
 
 
 def _foreign(method: str, layout: Layout) -> Declared:
@@ -177,43 +197,11 @@ def _foreign(method: str, layout: Layout) -> Declared:
     return Declared(method, FORMATS[name].with_group_size(layout.group_size), layout)
 
 
-def _modelopt_format(path: Path) -> QuantFormat:
+def _modelopt_format(path: Path, config: Mapping[str, Any]) -> QuantFormat:
     fields = _read_json(path).get("quantization")
     if not isinstance(fields, dict):
         raise CheckpointError(Problem(str(path), "no mapping called quantization"))
-    supported = {fmt.quant_algo: fmt for fmt in FORMATS.values() if fmt.made_by_modelopt}
-    algo = fields.get("quant_algo")
-    if not isinstance(algo, str) or algo not in supported:
-        reason = _RECOGNISED.get(str(algo), "")
-        what = f"quant_algo {algo!r}" + (f": {reason}" if reason else "")
-        raise CheckpointError(Problem(str(path), what, SUPPORTED))
-    fmt = supported[algo]
-    problems = list(_option_problems(str(path), fields, fmt))
-    if problems:
-        raise CheckpointError(problems)
-    return fmt if fmt.group_size is None else fmt.with_group_size(fields["group_size"])
-
-
-def _option_problems(where: str, fields: Mapping[str, Any], fmt: QuantFormat) -> list[Problem]:
-    problems = []
-    if fields.get("kv_cache_quant_algo") is not None:
-        what = f"kv_cache_quant_algo {fields['kv_cache_quant_algo']!r}"
-        problems.append(Problem(where, what, "null: the KV cache stays float16"))
-    if fields.get("has_zero_point"):
-        problems.append(Problem(where, "has_zero_point is set", "false: symmetric int4"))
-    group_size = fields.get("group_size")
-    if fmt.group_size is not None and (
-        isinstance(group_size, bool) or group_size not in GROUP_SIZES
-    ):
-        allowed = ", ".join(map(str, GROUP_SIZES))
-        problems.append(Problem(where, f"group_size {group_size!r}", allowed))
-    excluded = fields.get("exclude_modules")
-    names = excluded if isinstance(excluded, list) else [excluded] if excluded else []
-    others = [name for name in names if name not in LEFT_ALONE]
-    if others:
-        what = f"exclude_modules leaves layers unquantized: {', '.join(map(str, others))}"
-        problems.append(Problem(where, what, ", ".join(LEFT_ALONE)))
-    return problems
+    return modelopt_format(fields, config, str(path), SUPPORTED)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

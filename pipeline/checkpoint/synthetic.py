@@ -50,7 +50,7 @@ def write_synthetic(
 
     Weights are normal with standard deviation 0.02, norms normal around 1 with 0.1, biases and norms
     stored as a difference from 1 like weights. `config.json` is `hf_config` with its dtype set to
-    float16. Holds a few megabytes for each core, whatever the size.
+    float16, and without its quantization. Holds a few megabytes for each core, whatever the size.
 
     Raises:
         CheckpointError: `hf_config` is not a supported architecture, or fields are wrong.
@@ -80,7 +80,8 @@ def write_synthetic(
         total = sum(spec.nbytes for specs in shards for spec in specs)
         index_fields = {"metadata": {"total_size": total}, "weight_map": files}
         _write_json(out_dir / INDEX_FILE, index_fields)
-    config = {name: value for name, value in hf_config.items() if name != "dtype"}
+    left_out = ("dtype", "quantization_config")
+    config = {name: value for name, value in hf_config.items() if name not in left_out}
     _write_json(out_dir / CONFIG_FILE, config | {"torch_dtype": "float16"})
 
 

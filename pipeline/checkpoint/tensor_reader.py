@@ -33,8 +33,14 @@ class TensorReader(Protocol):
     def read_columns(self, name: str, start: int, stop: int) -> Array:
         """Columns [start, stop) of a matrix, as rows of the result."""
 
-    def row_blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Array]]:
-        """The tensor as (first row, rows), each at most `block_bytes`, or one row if that is more."""
+    def row_blocks(
+        self, name: str, block_bytes: int = BLOCK_BYTES, within: range | None = None
+    ) -> Iterator[tuple[int, Array]]:
+        """The tensor as (first row, rows), each at most `block_bytes`, or one row if that is more.
+
+        Args:
+            within: of these rows only; None: of all.
+        """
 
 
 class RowReader(ABC):
@@ -59,14 +65,24 @@ class RowReader(ABC):
             [contiguous(rows[:, start:stop].T) for _, rows in self.row_blocks(name)], axis=1
         )
 
-    def row_blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Array]]:
-        """The tensor as (first row, rows), each at most `block_bytes`, or one row if that is more."""
-        tensor = self.tensors[name]
-        num_rows = tensor.shape[0]
-        row_bytes = max(tensor.nbytes // max(num_rows, 1), 1)
-        step = max(block_bytes // row_bytes, 1)
-        for start in range(0, num_rows, step):
-            yield start, self.read_rows(name, start, min(start + step, num_rows))
+    def row_blocks(
+        self, name: str, block_bytes: int = BLOCK_BYTES, within: range | None = None
+    ) -> Iterator[tuple[int, Array]]:
+        """See TensorReader."""
+        for start, stop in row_ranges(self.tensors[name], block_bytes, within):
+            yield start, self.read_rows(name, start, stop)
+
+
+def row_ranges(
+    tensor: TensorInfo, block_bytes: int, within: range | None = None
+) -> Iterator[tuple[int, int]]:
+    """(first row, last row + 1) of blocks of a tensor, as `TensorReader.row_blocks` says."""
+    num_rows = tensor.shape[0]
+    rows = range(num_rows) if within is None else within
+    assert 0 <= rows.start <= rows.stop <= num_rows, (tensor, rows)
+    step = max(block_bytes // max(tensor.nbytes // max(num_rows, 1), 1), 1)
+    for start in range(rows.start, rows.stop, step):
+        yield start, min(start + step, rows.stop)
 
 
 def contiguous(values: Array) -> Array:

@@ -15,11 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.layout import local_formats
 from pipeline.checkpoint.padding import padding_record
-from pipeline.models import ARCHITECTURES, ModelShape
-from pipeline.quant.formats import QuantFormat
+from pipeline.models import ARCHITECTURES, ModelShape, Scope
+from pipeline.models.rules import LAYER
+from pipeline.parallel import layers_of_stage
+from pipeline.quant.formats import KV_CACHE_ALGOS, QuantFormat
 
 CONFIG_FILE = "config.json"
+MATRIX = 2  # dimensions
+QUANT_FILE = "quant_cfg.json"
+"""Beside it in a checkpoint of MIXED_PRECISION: the format of every quantized linear."""
 
 
 def trtllm_config(
@@ -53,7 +59,7 @@ def trtllm_config(
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
         "mapping": _mapping(shape, tp, pp, moe_ep),
-        "quantization": _quantization(fmt),
+        "quantization": _quantization(shape, fmt, pp),
         **padding_record(shape),
     }
 
@@ -111,10 +117,51 @@ def _mapping(shape: ModelShape, tp: int, pp: int, moe_ep: int) -> dict[str, int]
     return mapping
 
 
-def _quantization(fmt: QuantFormat) -> dict[str, Any]:
-    if fmt.quant_algo is None:
-        return {"quant_algo": None, "kv_cache_quant_algo": None}
-    fields: dict[str, Any] = {"quant_algo": fmt.quant_algo, "kv_cache_quant_algo": None}
+def mixed_config(shape: ModelShape, fmt: QuantFormat, *, pp: int) -> dict[str, Any]:
+    """The content of quant_cfg.json; linears that it does not name are plain."""
+    return {
+        "quant_algo": fmt.quant_algo,
+        "kv_cache_quant_algo": _kv_cache_algo(fmt),
+        "quantized_layers": {
+            module: _algorithm(one)
+            for module, one in _modules(shape, fmt, pp).items()
+            if one.quant_algo is not None
+        },
+    }
+
+
+def _quantization(shape: ModelShape, fmt: QuantFormat, pp: int) -> dict[str, Any]:
+    kv_cache = {"kv_cache_quant_algo": _kv_cache_algo(fmt)}
+    if fmt.is_mixed or fmt.quant_algo is None:
+        return {"quant_algo": fmt.quant_algo} | kv_cache
+    plain = []
+    if fmt.exceptions:
+        modules = _modules(shape, fmt, pp)
+        plain = [module for module, one in modules.items() if one.quant_algo is None]
+    return {
+        "quant_algo": fmt.quant_algo,
+        **kv_cache,
+        **_algorithm(fmt),
+        "exclude_modules": ["lm_head", *plain, *_plain_matrices(shape, pp)],
+    }
+
+
+def _modules(shape: ModelShape, fmt: QuantFormat, pp: int) -> dict[str, QuantFormat]:
+    """Every linear of the decoder layers under the name that it has within a stage.
+
+    A mixture of experts is named as a whole, too: TensorRT-LLM reads the format of its parent module.
+    """
+    modules: dict[str, QuantFormat] = {}
+    for local, formats in enumerate(local_formats(shape, fmt, pp)):
+        layer = LAYER.format(layer=local)
+        modules |= {f"{layer}.{module}": one for module, one in formats.items()}
+        if shape.num_experts:
+            modules[f"{layer}.mlp"] = formats["mlp.fc"]
+    return modules
+
+
+def _algorithm(fmt: QuantFormat) -> dict[str, Any]:
+    fields: dict[str, Any] = {"quant_algo": fmt.quant_algo}
     if fmt.group_size is not None:
         fields |= {
             "group_size": fmt.group_size,
@@ -123,4 +170,23 @@ def _quantization(fmt: QuantFormat) -> dict[str, Any]:
             # the tensors.
             "pre_quant_scale": not fmt.has_zero_point,
         }
-    return fields | {"exclude_modules": ["lm_head"]}
+    return fields
+
+
+def _kv_cache_algo(fmt: QuantFormat) -> str | None:
+    names = {ours: theirs for theirs, ours in KV_CACHE_ALGOS.items()}
+    return names.get(fmt.kv_cache)
+
+
+def _plain_matrices(shape: ModelShape, pp: int) -> list[str]:
+    """Modules of the layers that hold a matrix in float all the same: the routers of experts.
+
+    Numbered within a stage, as TensorRT-LLM compares them; the first stage has the most layers.
+    """
+    rules = ARCHITECTURES[shape.architecture].rules_for(shape, Scope.LAYER)
+    return [
+        rule.target.format(layer=layer)
+        for layer in range(len(layers_of_stage(shape.num_layers, pp, 0)))
+        for rule in rules
+        if not rule.quantized and len(rule.sources[0].axes) == MATRIX
+    ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.engine.request import WorkerRequest
 from pipeline.errors import Problem
 from pipeline.network.limits import BuildLimits
 from pipeline.progress import Progress
@@ -18,34 +20,34 @@ class BuildFacts:
     """Facts about one rank's engine, measured while it was built and checked.
 
     Attributes:
+        compiler: name and version of the compiler, or of the runtime that loaded the graph.
         engine_bytes: what must be shipped to run it: the TensorRT plan, or the CPU graph and weights.
         weight_bytes: of these, weights (in a plan: its weight chunk).
-        activation_bytes: device memory for activations at the largest allowed shapes, as the
-            compiler reports it; None where the backend does not say.
-        num_fused_int4: int4 matrix products whose dequantization is part of the same kernel.
-        num_unfused_int4: int4 products that dequantize the whole weight first (slower, same values).
-        num_fused_attention: attention layers that became one kernel; None: not looked at. 0 where the
-            model caps attention scores, because TensorRT has no such kernel.
-        num_proven_tensors: checkpoint tensors found byte for byte in the engine.
-        proven_bytes: their size in the engine.
-        compiler: name and version of the compiler, or of the runtime that loaded the graph.
         seconds: wall time of export, build and checks together.
         peak_rss_bytes: largest resident memory of the build process, file pages included.
+        activation_bytes: device memory for activations at the largest allowed shapes, as the
+            compiler reports it. This and all that follow: None where the backend does not say.
+        num_fused_quantized: products with int4, int8 or fp8 weights that go into the kernel as they are.
+        num_unfused_quantized: those that dequantize the whole weight first (slower, same values).
+        num_fused_attention: attention layers that became one kernel; 0 where the model caps attention
+            scores, because TensorRT has no such kernel.
+        num_proven_tensors: checkpoint tensors found byte for byte in the engine.
+        proven_bytes: their size in the engine.
     """
 
     backend: str
     rank: int
+    compiler: str
     engine_bytes: int
     weight_bytes: int
-    activation_bytes: int | None
-    num_fused_int4: int | None
-    num_unfused_int4: int | None
-    num_fused_attention: int | None
-    num_proven_tensors: int | None
-    proven_bytes: int | None
-    compiler: str
     seconds: float
     peak_rss_bytes: int
+    activation_bytes: int | None = None
+    num_fused_quantized: int | None = None
+    num_unfused_quantized: int | None = None
+    num_fused_attention: int | None = None
+    num_proven_tensors: int | None = None
+    proven_bytes: int | None = None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -64,12 +66,12 @@ class EngineBackend(Protocol):
     def name(self) -> str:
         """The word in the YAML."""
 
-    def can_target(self, target: Target, quant_algo: str | None = None) -> Problem | None:
+    def can_target(self, target: Target, formats: Sequence[str] = ()) -> Problem | None:
         """None if engines for `target` can be built here, else why not and which backend could.
 
         Args:
             target: a GPU of pipeline.targets.
-            quant_algo: as in a TensorRT-LLM checkpoint, e.g. "W4A16_AWQ"; None: unquantized.
+            formats: of the linears, names of FORMATS.
         """
 
     def limits_problem(self, limits: BuildLimits) -> Problem | None:
@@ -78,30 +80,16 @@ class EngineBackend(Protocol):
     def head_size_problem(self, head_size: int) -> Problem | None:
         """None, or why this backend has no attention for heads of `head_size` channels."""
 
-    def build_rank(
-        self,
-        engine_dir: Path,
-        checkpoint_dir: Path,
-        rank: int,
-        target: Target,
-        limits: BuildLimits,
-        log_path: Path,
-        progress: Progress,
-    ) -> BuildFacts:
-        """Export the network of `rank` into `engine_dir`, build, and check what came out.
+    def build_rank(self, request: WorkerRequest, progress: Progress) -> BuildFacts:
+        """Export the network of one rank, build, and check what came out.
 
         At most one build per process, because TensorRT-RTX keeps the first logger of a process;
         pipeline.engine.worker is that process.
 
-        Args:
-            engine_dir: existing directory without files of this rank.
-            checkpoint_dir: TensorRT-LLM checkpoint.
-            log_path: where the compiler's own log goes.
-
         Raises:
             CheckpointError: the checkpoint is not one the network implements.
             ToolError: the compiler is not installed.
-            PlanError: `target` cannot be built for.
+            PlanError: the target cannot be built for.
             StageError: the compiler refused or said something unexpected.
             GateError: what was built is not what was asked for.
         """

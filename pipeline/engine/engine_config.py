@@ -1,11 +1,16 @@
-"""config.json of an engine directory, with the sections that TensorRT-LLM writes there."""
+"""config.json of an engine directory, with the sections that TensorRT-LLM writes there.
+
+Beside it quant_cfg.json of the checkpoint, where linears have different formats.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from pipeline.checkpoint.trtllm_config import QUANT_FILE
 from pipeline.errors import CheckpointError, Problem
 from pipeline.network.limits import BuildLimits
 
@@ -32,3 +37,5 @@ def write_engine_config(checkpoint_dir: Path, engine_dir: Path, limits: BuildLim
     }
     text = json.dumps(config, indent=2) + "\n"
     (engine_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+    if (checkpoint_dir / QUANT_FILE).exists():
+        shutil.copyfile(checkpoint_dir / QUANT_FILE, engine_dir / QUANT_FILE)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.engine.backend import BuildFacts, peak_rss_bytes
+from pipeline.engine.request import WorkerRequest
 from pipeline.errors import GateError, Problem
 from pipeline.network import BuildLimits, cpu_graph_path, export_network, weights_path
 from pipeline.progress import Progress
@@ -17,7 +19,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def can_target(self, target: Target, quant_algo: str | None = None) -> Problem | None:
+    def can_target(self, target: Target, formats: Sequence[str] = ()) -> Problem | None:
         """Always: nothing is compiled for the target, the host executes the network."""
         return None
 
@@ -29,21 +31,13 @@ class OnnxRuntimeBackend:
         """Never: any size is computed."""
         return None
 
-    def build_rank(
-        self,
-        engine_dir: Path,
-        checkpoint_dir: Path,
-        rank: int,
-        target: Target,
-        limits: BuildLimits,
-        log_path: Path,
-        progress: Progress,
-    ) -> BuildFacts:
-        """See EngineBackend. There is no compiler, so `log_path` is not written."""
+    def build_rank(self, request: WorkerRequest, progress: Progress) -> BuildFacts:
+        """See EngineBackend. There is no compiler, so no log of one is written."""
         import onnxruntime
 
         started = time.monotonic()
-        export_network(checkpoint_dir, rank, engine_dir, limits, progress)
+        engine_dir, rank = request.engine_dir, request.rank
+        export_network(request.checkpoint_dir, rank, engine_dir, request.limits, progress)
         progress.say("loading the network and running it once")
         check_forward(engine_dir, rank)
         weight_bytes = weights_path(engine_dir, rank).stat().st_size
@@ -52,12 +46,6 @@ class OnnxRuntimeBackend:
             rank=rank,
             engine_bytes=weight_bytes + cpu_graph_path(engine_dir, rank).stat().st_size,
             weight_bytes=weight_bytes,
-            activation_bytes=None,
-            num_fused_int4=None,
-            num_unfused_int4=None,
-            num_fused_attention=None,
-            num_proven_tensors=None,
-            proven_bytes=None,
             compiler=f"onnxruntime {onnxruntime.__version__}",
             seconds=time.monotonic() - started,
             peak_rss_bytes=peak_rss_bytes(),

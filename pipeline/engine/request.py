@@ -1,4 +1,4 @@
-"""What the worker process is told, as JSON on its command line."""
+"""One rank to build: what a backend gets, and as JSON on its command line the worker process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from pipeline.network.limits import BuildLimits
 
 @dataclass(frozen=True)
 class WorkerRequest:
-    """One rank to build. `target` is a name of pipeline.targets."""
+    """One rank to build.
+
+    Attributes:
+        backend: a name of `pipeline.engine.BACKENDS`.
+        checkpoint_dir: TensorRT-LLM checkpoint.
+        engine_dir: existing directory without files of this rank.
+        target: a name of pipeline.targets.
+    """
 
     backend: str
     checkpoint_dir: Path
@@ -19,6 +26,11 @@ class WorkerRequest:
     rank: int
     target: str
     limits: BuildLimits
+
+    @property
+    def log_path(self) -> Path:
+        """Where a compiler's own log goes."""
+        return self.engine_dir / f"rank{self.rank}.{self.backend}.log"
 
     def to_json(self) -> str:
         """The one argument of `python -m pipeline.engine.worker`."""

@@ -2,7 +2,7 @@
 
 Made from the checkpoint, not from the exported weights file, so that the export is proved as well.
 Observed with TensorRT-RTX 1.7.1: weights keep their values; what varies is the orientation, and
-float16 products that share an input (such as gate and fc) may be joined into one matrix.
+float16 and fp8 products that share an input (such as gate and fc) may be joined into one matrix.
 Shapes: N output features, K input features, G int4 group size.
 """
 
@@ -17,10 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.network.modules import HEAD, ZERO_POINT, LayerModules, Linear, layer_modules
+from pipeline.models.decoder import Residual
+from pipeline.network.modules import (
+    ACTIVATION_SCALE,
+    HEAD,
+    PRE_QUANT_SCALE,
+    SCALE,
+    ZERO_POINT,
+    LayerModules,
+    Linear,
+    layer_modules,
+)
 from pipeline.network.rank_tensors import float16_scale, read_linear
 from pipeline.network.rope import rotary_tables
-from pipeline.network.spec import NetworkSpec, Residual
+from pipeline.network.spec import NetworkSpec
 from pipeline.network.zero_points import rounded_products
 
 Blocks = Iterator[npt.NDArray[Any]]
@@ -44,7 +54,8 @@ class Form:
 def expected_forms(reader: CheckpointReader, spec: NetworkSpec, num_positions: int) -> list[Form]:
     """All forms of all tensors; a tensor is proved by any one of its forms.
 
-    Pre-quant scales of ones and biases of zeros are not in the network, so they have no form. The
+    Pre-quant scales of ones and biases of zeros are not in the network, so they have no form. Neither
+    have scales that are one number: four bytes prove nothing. The
     tensors of one expert of a stack are proved one by one, as "<tensor of the stack>[<expert>]".
     """
     forms = list(_rotary_forms(spec, num_positions))
@@ -52,9 +63,10 @@ def expected_forms(reader: CheckpointReader, spec: NetworkSpec, num_positions: i
     for layer in range(spec.num_layers):
         modules = layer_modules(spec, layer)
         for linear in modules.linears:
-            of_linears |= linear.required(spec.group_size).keys() | linear.optional().keys()
+            of_linears |= linear.required().keys() | linear.optional().keys()
             forms += _linear_forms(reader, linear)
         forms += _joined_forms(reader, modules, spec.features.residual)
+        forms += _rounding_forms(reader, modules, spec.features.residual)
     for name, tensor in reader.tensors.items():
         if name in of_linears:
             continue
@@ -76,13 +88,15 @@ def _rotary_forms(spec: NetworkSpec, num_positions: int) -> Iterator[Form]:
 
 def _linear_forms(reader: CheckpointReader, linear: Linear) -> Iterator[Form]:
     name = _label(linear, "weight")
-    if linear.quantized:
+    if linear.format.weights == "int4":
         yield Form((name,), partial(_int4_by_output, reader, linear))
         yield from _scale_forms(reader, linear)
         if linear.asymmetric:
             yield from _zero_point_forms(reader, linear)
     else:
         yield Form((name,), partial(_plain, reader, linear))
+    if linear.format.weights == "int8":
+        yield from _int8_scale_forms(reader, linear)
     yield Form((name,), partial(_transposed, reader, (linear,)))
     for tensor in ("bias", "prequant_scaling_factor"):
         if f"{linear.source}.{tensor}" in reader.tensors:
@@ -105,6 +119,45 @@ def _scale_forms(reader: CheckpointReader, linear: Linear) -> Iterator[Form]:
 
     for transposed in (False, True):
         yield Form((name,), partial(blocks, transposed))
+
+
+def _int8_scale_forms(reader: CheckpointReader, linear: Linear) -> Iterator[Form]:
+    """Constants are folded: beside a rounded input lies the product of its scale with the weight's."""
+    scale_N = read_linear(reader, linear, SCALE)
+    if linear.format.inputs is not None:
+        scale_N = scale_N * read_linear(reader, linear, ACTIVATION_SCALE).reshape(())
+    yield Form((_label(linear, SCALE),), partial(_single, scale_N))
+
+
+def _rounding_forms(
+    reader: CheckpointReader, modules: LayerModules, residual: Residual
+) -> Iterator[Form]:
+    """Before an input is rounded lies one vector, in which norm, pre-quant scale and the scale of the
+    rounding are folded: 1 / ((scale / pre_quant_scale) / norm), each step rounded to float32."""
+    before = [(modules.qkv, residual.before_attention), (modules.dense, None)]
+    for mlp in modules.mlps:
+        before += [(mlp.fc, residual.before_mlp), (mlp.proj, None)]
+        before += [(mlp.gate, residual.before_mlp)] if mlp.gate is not None else []
+    for linear, norm in before:
+        if linear.format.inputs is None:
+            continue
+        scale = read_linear(reader, linear, ACTIVATION_SCALE).astype(np.float32)
+        names = []
+        if f"{linear.source}.{PRE_QUANT_SCALE}" in reader.tensors:
+            vector = read_linear(reader, linear, PRE_QUANT_SCALE)
+            if not _is_neutral(PRE_QUANT_SCALE, vector):
+                scale = scale / vector.astype(np.float32)
+                names.append(_label(linear, PRE_QUANT_SCALE))
+        yield from _folded(names, scale)
+        if norm is not None:
+            weight = modules.norms[norm].weight
+            names.append(weight)
+            yield from _folded(names, scale / reader.read(weight).astype(np.float32))
+
+
+def _folded(names: list[str], divisor: npt.NDArray[np.float32]) -> Iterator[Form]:
+    if names:
+        yield Form(tuple(names), partial(_single, np.float32(1) / divisor))
 
 
 def _zero_point_forms(reader: CheckpointReader, linear: Linear) -> Iterator[Form]:
@@ -133,15 +186,15 @@ def _is_neutral(name: str, vector: npt.NDArray[Any]) -> bool:
 def _joined_forms(
     reader: CheckpointReader, modules: LayerModules, residual: Residual
 ) -> Iterator[Form]:
-    """The float16 products that share an input, all in one matrix, in either order."""
+    """Products of one kind that share an input, all in one matrix, in either order."""
     sharing = [
         linear for mlp in modules.mlps for linear in (mlp.fc, mlp.gate) if linear is not None
     ]
     if residual.before_mlp == residual.before_attention:
         sharing.insert(0, modules.qkv)
-    plain = tuple(linear for linear in sharing if not linear.quantized)
-    if len(plain) > 1:
-        for order in (plain, plain[::-1]):
+    for kind in ("fp16", "int8", "fp8"):
+        alike = tuple(linear for linear in sharing if linear.format.weights == kind)
+        for order in (alike, alike[::-1]) if len(alike) > 1 else ():
             names = tuple(_label(linear, "weight") for linear in order)
             yield Form(names, partial(_transposed, reader, order))
 
@@ -160,15 +213,20 @@ def _rows(reader: CheckpointReader, name: str, num_rows: int) -> Blocks:
 def _plain(reader: CheckpointReader, linear: Linear) -> Blocks:
     """[N, K] as in the checkpoint."""
     if linear.expert is not None:
-        yield read_linear(reader, linear, "weight")
+        yield _as_bytes(read_linear(reader, linear, "weight"))
         return
     for _, block in reader.row_blocks(f"{linear.source}.weight", _BLOCK_BYTES):
-        yield block
+        yield _as_bytes(block)
+
+
+def _as_bytes(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """numpy has no buffers of fp8."""
+    return values.view(np.uint8) if values.itemsize == 1 else values
 
 
 def _transposed(reader: CheckpointReader, linears: tuple[Linear, ...]) -> Blocks:
     """[K, N1 + N2 ...]: the matrices [N, K] joined along N and transposed."""
-    matrices = [read_linear(reader, linear, "weight") for linear in linears]
+    matrices = [_as_bytes(read_linear(reader, linear, "weight")) for linear in linears]
     row_bytes = sum(matrix.shape[0] * matrix.itemsize for matrix in matrices)
     columns = max(1, _BLOCK_BYTES // row_bytes)
     for start in range(0, matrices[0].shape[1], columns):

@@ -25,6 +25,7 @@ _END_OF_LAYERS = "I/O Tensors:"
 
 _FUSED_ATTENTION = "_gemm_mha_v2"
 _MATRIX_PRODUCTS = ("runtime_fusion", "gemm")
+_DTYPES = {"int4": "Int4", "int8": "Int8", "fp8": "FP8"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class CompiledLayer:
         inputs, outputs: names of tensors.
         constant_dtypes: the compiler's words, such as "Half", "Int4".
         nodes: names of the ONNX nodes it came from.
+        input_dtypes: the compiler's words.
     """
 
     name: str
@@ -44,14 +46,15 @@ class CompiledLayer:
     outputs: tuple[str, ...]
     constant_dtypes: tuple[str, ...]
     nodes: tuple[str, ...]
+    input_dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class LayerCounts:
     """What check_layers found; see BuildFacts."""
 
-    num_fused_int4: int
-    num_unfused_int4: int
+    num_fused_quantized: int
+    num_unfused_quantized: int
     num_fused_attention: int
 
 
@@ -69,7 +72,7 @@ def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
     linears = [
         linear for layer in range(spec.num_layers) for linear in layer_modules(spec, layer).linears
     ]
-    can_fuse = [linear for linear in linears if _can_fuse(linear, spec.group_size)]
+    can_fuse = [linear for linear in linears if _can_fuse(linear)]
     # With a soft cap attention is made of single products; TensorRT has no kernel for it.
     can_fuse_attention = spec.features.attention_softcap is None
     problems = [
@@ -82,10 +85,10 @@ def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
     ]
     if problems:
         raise GateError(problems)
-    num_int4 = sum(linear.quantized for linear in linears)
+    num_quantized = sum(linear.quantized for linear in linears)
     return LayerCounts(
-        num_fused_int4=len(can_fuse),
-        num_unfused_int4=num_int4 - len(can_fuse),
+        num_fused_quantized=len(can_fuse),
+        num_unfused_quantized=num_quantized - len(can_fuse),
         num_fused_attention=spec.num_layers if can_fuse_attention else 0,
     )
 
@@ -113,6 +116,7 @@ def parse_listing(listing: str, where: str) -> list[CompiledLayer]:
                 tensor["dtype"] for tensor in _TENSOR.finditer(match["constants"])
             ),
             nodes=tuple(_ONNX_NODE.findall(match["metadata"])),
+            input_dtypes=tuple(tensor["dtype"] for tensor in _TENSOR.finditer(match["inputs"])),
         )
         for match in matches
         if match is not None
@@ -123,9 +127,10 @@ def _names(tensors: str) -> Iterator[str]:
     return (tensor["name"] for tensor in _TENSOR.finditer(tensors))
 
 
-def _can_fuse(linear: Linear, group_size: int) -> bool:
-    """With one group per column the scale is per channel, which TensorRT-RTX never fuses."""
-    return linear.quantized and linear.num_inputs > group_size
+def _can_fuse(linear: Linear) -> bool:
+    """With one group per column the int4 scale is per channel, which TensorRT-RTX never fuses."""
+    group_size = linear.format.group_size
+    return linear.quantized and (group_size is None or linear.num_inputs > group_size)
 
 
 def _product_problems(
@@ -136,8 +141,17 @@ def _product_problems(
         made = [layer for layer in products if linear.module in layer.nodes]
         if len(made) != 1:
             yield f"{linear.module}: became {len(made)} matrix products, expected 1"
-        elif linear in can_fuse and "Int4" not in made[0].constant_dtypes:
-            yield f"{linear.module}: the int4 weight is not part of the matrix product"
+        elif linear in can_fuse:
+            yield from _unfused(linear, made[0])
+
+
+def _unfused(linear: Linear, product: CompiledLayer) -> Iterator[str]:
+    """What of a quantized linear was dequantized before its product."""
+    weights, inputs = linear.format.weights, linear.format.inputs
+    if _DTYPES[weights] not in product.constant_dtypes:
+        yield f"{linear.module}: the {weights} weight is not part of the matrix product"
+    if inputs is not None and _DTYPES[inputs] not in product.input_dtypes:
+        yield f"{linear.module}: the matrix product does not take its input as {inputs}"
 
 
 def _attention_problems(layers: list[CompiledLayer], num_layers: int) -> Iterator[str]:

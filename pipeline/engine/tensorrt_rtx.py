@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.engine.backend import BuildFacts, peak_rss_bytes
+from pipeline.engine.request import WorkerRequest
 from pipeline.errors import PlanError, Problem
 from pipeline.network import BuildLimits, export_network
 from pipeline.progress import Progress
+from pipeline.quant.backends import TENSORRT_RTX, formats_for, refusal
+from pipeline.quant.formats import MIXABLE
 from pipeline.targets import TARGETS, Target
 
-# What set_compute_capability of TensorRT-RTX 1.7 accepts.
-SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
-# Turing has no int4 weight kernels: "model contains HW-specific datatypes: int4".
-MIN_INT4_SM = 80
 MIN_INPUT_LEN = 2
 HEAD_SIZES = range(16, 257, 8)
 # Where a GPU that TensorRT-RTX refuses gets its engine from.
@@ -35,26 +35,27 @@ def engine_path(engine_dir: Path, rank: int) -> Path:
 class TensorRtRtxBackend:
     """Parse the float16 graph, lower it, compile it ahead of time, and prove the plan."""
 
-    name = "tensorrt_rtx"
+    name = TENSORRT_RTX
 
-    def can_target(self, target: Target, quant_algo: str | None = None) -> Problem | None:
-        """None, or the reason with the targets that work and the backend for this one."""
-        is_int4 = quant_algo in ("W4A16_AWQ", "W4A16_GPTQ")
-        lowest = MIN_INT4_SM if is_int4 else min(SUPPORTED_SMS)
-        if target.sm in SUPPORTED_SMS and target.sm >= lowest:
-            return None
-        able = [known.name for known in TARGETS.values() if _can(known.sm, lowest)]
-        if target.sm in SUPPORTED_SMS:
-            what = f"{target.name} (SM{target.sm}) has no int4 weight kernels in TensorRT-RTX"
-            fix = "quantize.format: fp16"
-        else:
+    def can_target(self, target: Target, formats: Sequence[str] = ()) -> Problem | None:
+        """None, or the reason with the targets that work and what works on this one."""
+        able = [known.name for known in TARGETS.values() if _runs(known.sm, formats)]
+        if not _runs(target.sm, ()):
             other = _OTHER_BACKENDS.get(target.sm, "tensorrt_llm, or tensorrt, on that GPU")
             what = f"TensorRT-RTX 1.7 cannot compile for {target.name} (SM{target.sm})"
             fix = (
                 f"the backend for it is {other}; this version of the program does not drive it yet"
                 " (backend: onnxruntime builds for the CPU)"
             )
-        return Problem("target", what, allowed=", ".join(able), fix=fix)
+            return Problem("target", what, allowed=", ".join(able), fix=fix)
+        for name in formats:
+            refused = refusal(name, self.name, target.sm)
+            if refused is not None:
+                what = f"{name} for {target.name} (SM{target.sm}): {refused.reason}"
+                others = formats_for(self.name, target.sm, MIXABLE)
+                fix = f"quantize.format {', '.join(others)}, or build.backend: onnxruntime"
+                return Problem("target", what, allowed=", ".join(able), fix=fix)
+        return None
 
     def limits_problem(self, limits: BuildLimits) -> Problem | None:
         """See EngineBackend.
@@ -74,16 +75,7 @@ class TensorRtRtxBackend:
         what = f"TensorRT-RTX has no attention kernel for heads of {head_size} channels"
         return Problem("head_size", what, "multiples of 8, 16 to 256", "build.backend: onnxruntime")
 
-    def build_rank(
-        self,
-        engine_dir: Path,
-        checkpoint_dir: Path,
-        rank: int,
-        target: Target,
-        limits: BuildLimits,
-        log_path: Path,
-        progress: Progress,
-    ) -> BuildFacts:
+    def build_rank(self, request: WorkerRequest, progress: Progress) -> BuildFacts:
         """See EngineBackend."""
         from pipeline.checkpoint.reader import CheckpointReader
         from pipeline.engine.rtx_build import build_plan, compiler_version
@@ -94,25 +86,31 @@ class TensorRtRtxBackend:
         from pipeline.network.export import read_checkpoint_spec, tensorrt_graph_path
 
         started = time.monotonic()
-        spec = read_checkpoint_spec(checkpoint_dir, limits)
+        rank, limits, target = request.rank, request.limits, TARGETS[request.target]
+        spec = read_checkpoint_spec(request.checkpoint_dir, limits)
         problem = (
-            self.can_target(target, spec.quant_algo)
+            self.can_target(target, [part.name for part in spec.format.parts])
             or self.limits_problem(limits)
             or self.head_size_problem(spec.head_size)
         )
         if problem is not None:
             raise PlanError(problem)
         version = compiler_version()
-        export_network(checkpoint_dir, rank, engine_dir, limits, progress)
-        path = engine_path(engine_dir, rank)
+        export_network(request.checkpoint_dir, rank, request.engine_dir, limits, progress)
+        path = engine_path(request.engine_dir, rank)
         progress.say(f"compiling for SM{target.sm}")
         report = build_plan(
-            tensorrt_graph_path(engine_dir, rank), path, spec, limits, target.sm, log_path
+            tensorrt_graph_path(request.engine_dir, rank),
+            path,
+            spec,
+            limits,
+            target.sm,
+            request.log_path,
         )
         progress.say("checking the plan")
-        layers = check_layers(report.listing, spec, str(log_path))
+        layers = check_layers(report.listing, spec, str(request.log_path))
         plan = check_header(path, version, target.sm)
-        reader = CheckpointReader(checkpoint_dir / f"rank{rank}.safetensors")
+        reader = CheckpointReader(request.checkpoint_dir / f"rank{rank}.safetensors")
         forms = expected_forms(reader, spec, limits.max_seq_len)
         proof = prove_weights(path, plan.weights, forms)
         return BuildFacts(
@@ -121,8 +119,8 @@ class TensorRtRtxBackend:
             engine_bytes=plan.file_bytes,
             weight_bytes=plan.weights.nbytes,
             activation_bytes=report.activation_bytes,
-            num_fused_int4=layers.num_fused_int4,
-            num_unfused_int4=layers.num_unfused_int4,
+            num_fused_quantized=layers.num_fused_quantized,
+            num_unfused_quantized=layers.num_unfused_quantized,
             num_fused_attention=layers.num_fused_attention,
             num_proven_tensors=proof.num_tensors,
             proven_bytes=proof.num_bytes,
@@ -132,5 +130,5 @@ class TensorRtRtxBackend:
         )
 
 
-def _can(sm: int, lowest: int) -> bool:
-    return sm in SUPPORTED_SMS and sm >= lowest
+def _runs(sm: int, formats: Sequence[str]) -> bool:
+    return all(refusal(name, TENSORRT_RTX, sm) is None for name in (*formats, "fp16"))

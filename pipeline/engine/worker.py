@@ -14,7 +14,6 @@ import sys
 from pipeline.engine import BACKENDS, WorkerRequest, error_path, facts_path
 from pipeline.errors import PipelineError, error_to_json
 from pipeline.orphans import die_with_parent
-from pipeline.targets import TARGETS
 
 
 class _LogProgress:
@@ -35,15 +34,7 @@ def main(argument: str) -> int:
     die_with_parent(os.getppid())
     request = WorkerRequest.from_json(argument)
     try:
-        facts = BACKENDS[request.backend].build_rank(
-            request.engine_dir,
-            request.checkpoint_dir,
-            request.rank,
-            TARGETS[request.target],
-            request.limits,
-            request.engine_dir / f"rank{request.rank}.{request.backend}.log",
-            _LogProgress(),
-        )
+        facts = BACKENDS[request.backend].build_rank(request, _LogProgress())
     except PipelineError as error:
         print(error, file=sys.stderr, flush=True)
         path = error_path(request.engine_dir, request.rank)

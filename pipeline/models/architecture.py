@@ -1,4 +1,7 @@
-"""What an architecture's table is made of: rules `target <- sources with named axes`, and a scope."""
+"""What an architecture's table is made of: rules `target <- sources with named axes`, and a scope.
+
+`decoder.py` has the other half: what the architecture computes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from pipeline.models.decoder import Decoder
 from pipeline.models.shape import ModelShape
 from pipeline.parallel import Axis
 
@@ -94,6 +98,7 @@ class Architecture:
     Attributes:
         name: Hugging Face class name; also the `architecture` of TensorRT-LLM's config.json.
         ignored_sources: full names of tensors that old checkpoints carry and nobody needs.
+        decoder: what the name implies for the network.
         shape_from_hf: ModelShape of a raw config.json; raises CheckpointError.
         formats: names of the weight formats in which such a checkpoint may be stored.
         shares_head: lm_head is left out where one stage holds the embedding too; TensorRT-LLM's reader
@@ -103,6 +108,7 @@ class Architecture:
 
     name: str
     rules: tuple[WeightRule, ...]
+    decoder: Decoder
     shape_from_hf: Callable[[Mapping[str, Any]], ModelShape]
     ignored_sources: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("fp16",)

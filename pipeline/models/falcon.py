@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture, Fused, Scope, Source, WeightRule
+from pipeline.models.decoder import GELU, PRE_NORM, Decoder, Flag, MlpForm, Norm, Residual
 from pipeline.models.hf_fields import MAX_LAYERS, HfFields
 from pipeline.models.rotary import unscaled_rotary_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     LAYER,
     Condition,
     always,
@@ -31,6 +33,7 @@ _BASE = "transformer."
 _HF = f"{_BASE}h.{{layer}}"
 _NORMS = "num_ln_in_parallel_attn"
 _PARALLEL = "parallel_attention"
+_NEW = "new_decoder_architecture"
 
 
 def _two_norms(shape: ModelShape) -> bool:
@@ -92,6 +95,7 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
         _check_heads(fields, hidden_size, num_heads, num_kv_heads)
     num_norms = fields.size(_NORMS, 2 if new_decoder else 1, limit=2 if new_decoder else 1)
     rotary_base = unscaled_rotary_from_hf(fields)
+    fields.only("head_dim", None, None, "a head has hidden_size / num_attention_heads channels")
     fields.only("alibi", False, False, "positions must be rotary")
     bias = fields.flag("bias", default=False)
     shape = ModelShape(
@@ -114,7 +118,7 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
         config_fields={
             "bias": bias,
             _PARALLEL: parallel,
-            "new_decoder_architecture": new_decoder,
+            _NEW: new_decoder,
             _NORMS: num_norms if new_decoder else None,
         },
     )
@@ -131,10 +135,37 @@ def _check_heads(fields: HfFields, hidden_size: int, num_heads: int, num_kv_head
         fields.refuse("num_kv_heads", what)
 
 
+def _residual(options: Mapping[str, object]) -> Residual:
+    """The new decoder is always parallel, with two norms unless num_ln_in_parallel_attn says one."""
+    if options[_NEW] and options[_NORMS] != 1:
+        return Residual(True, "input_layernorm", "mlp_layernorm")
+    if options[_NEW] or options[_PARALLEL]:
+        return Residual(True, "input_layernorm", "input_layernorm")
+    return PRE_NORM
+
+
+_DECODER = Decoder(
+    norm=Norm.LAYER,
+    options={
+        _NEW: (False, True),
+        _PARALLEL: (False, True),
+        _NORMS: (None, 1, 2),
+    },
+    residual=_residual,
+    mlp_form=MlpForm.PLAIN,
+    activations=GELU,
+    qkv_bias=Flag("bias"),
+    dense_bias=Flag("bias"),
+    mlp_bias=Flag("bias"),
+    windowed=False,
+)
+
 FALCON = Architecture(
     name=_NAME,
     rules=_RULES,
+    decoder=_DECODER,
     shape_from_hf=_shape_from_hf,
+    formats=EVERY_FORMAT,
     # A buffer that older checkpoints carry; it follows from rope_theta.
     ignored_sources=(f"{_HF}.self_attention.rotary_emb.inv_freq",),
     base_prefix=_BASE,

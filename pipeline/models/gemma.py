@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture, Scope
+from pipeline.models.decoder import GELU, Decoder
 from pipeline.models.decoder_sizes import decoder_sizes
 from pipeline.models.hf_fields import HfFields
 from pipeline.models.rotary import rotary_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     HF_LAYER,
     LAYER,
     embedding,
@@ -62,4 +64,13 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
-GEMMA = Architecture(name=_NAME, rules=_RULES, shape_from_hf=_shape_from_hf, shares_head=True)
+_DECODER = Decoder(activations=GELU, scaled_embedding=True, windowed=False)
+
+GEMMA = Architecture(
+    name=_NAME,
+    rules=_RULES,
+    decoder=_DECODER,
+    shape_from_hf=_shape_from_hf,
+    shares_head=True,
+    formats=EVERY_FORMAT,
+)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture, Scope
+from pipeline.models.decoder import GELU, Decoder, Residual
 from pipeline.models.decoder_sizes import decoder_sizes
 from pipeline.models.hf_fields import HfFields
 from pipeline.models.rotary import rotary_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     HF_LAYER,
     LAYER,
     embedding,
@@ -96,4 +98,25 @@ def _windows(fields: HfFields, num_layers: int, max_position_embeddings: int) ->
     return tuple(window if kind == _WINDOWED else max_position_embeddings for kind in kinds)
 
 
-GEMMA2 = Architecture(name=_NAME, rules=_RULES, shape_from_hf=_shape_from_hf, shares_head=True)
+_DECODER = Decoder(
+    residual=Residual(
+        parallel=False,
+        before_attention="input_layernorm",
+        after_attention="post_layernorm",
+        before_mlp="pre_feedforward_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    ),
+    activations=GELU,
+    scaled_embedding=True,
+    query_scalar="query_pre_attn_scalar",
+    softcapped=True,
+)
+
+GEMMA2 = Architecture(
+    name=_NAME,
+    rules=_RULES,
+    decoder=_DECODER,
+    shape_from_hf=_shape_from_hf,
+    shares_head=True,
+    formats=EVERY_FORMAT,
+)

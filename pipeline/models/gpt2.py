@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture, Fused, Scope, Source, WeightRule
+from pipeline.models.decoder import GELU, LEARNED, Decoder, Flag, MlpForm, Norm
 from pipeline.models.hf_fields import MAX_LAYERS, HfFields
-from pipeline.models.rules import LAYER, always, embedding, head, linear, norm
+from pipeline.models.rules import EVERY_FORMAT, LAYER, always, embedding, head, linear, norm
 from pipeline.models.shape import ModelShape
 from pipeline.parallel import Axis
 
@@ -78,10 +79,23 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
+_DECODER = Decoder(
+    norm=Norm.LAYER,
+    mlp_form=MlpForm.PLAIN,
+    activations=GELU,
+    qkv_bias=Flag("bias", default=True),
+    dense_bias=Flag("bias", default=True),
+    mlp_bias=Flag("bias", default=True),
+    positions=LEARNED,
+    windowed=False,
+)
+
 GPT2 = Architecture(
     name=_NAME,
     rules=_RULES,
+    decoder=_DECODER,
     shape_from_hf=_shape_from_hf,
+    formats=EVERY_FORMAT,
     # The causal mask, as a buffer, and the value it masks with.
     ignored_sources=(f"{_HF}.attn.bias", f"{_HF}.attn.masked_bias"),
     base_prefix=_BASE,

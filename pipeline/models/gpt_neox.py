@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture, Fused, Scope, Source
+from pipeline.models.decoder import GELU, Decoder, MlpForm, Norm, Residual
 from pipeline.models.hf_fields import MAX_LAYERS, HfFields
 from pipeline.models.rotary import unscaled_rotary_from_hf
-from pipeline.models.rules import LAYER, always, embedding, head, linear, norm
+from pipeline.models.rules import EVERY_FORMAT, LAYER, always, embedding, head, linear, norm
 from pipeline.models.shape import ModelShape
 from pipeline.parallel import Axis
 
@@ -47,7 +48,9 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     if not fields.problems and (fraction > 1.0 or rotary_size < 2 or rotary_size % 2):
         what = f"{fraction} rotates {rotary_size} of {hidden_size // num_heads} channels"
         fields.refuse("rotary_pct", what, "an even number, at most all")
-    rotary_base = unscaled_rotary_from_hf(fields, base_name="rotary_emb_base")
+    rotary_base = unscaled_rotary_from_hf(fields, base_name="rotary_emb_base", fraction=fraction)
+    head_size = max(hidden_size // num_heads, 1)
+    fields.only("head_dim", head_size, head_size, "transformers rotates by it, and only that")
     fields.only("attention_bias", True, True, "TensorRT-LLM's GPT-NeoX has biases")
     fields.only("use_parallel_residual", True, True, "attention and MLP must be in parallel")
     shape = ModelShape(
@@ -56,7 +59,7 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
         num_layers=fields.size("num_hidden_layers", limit=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_size=hidden_size // num_heads,
+        head_size=head_size,
         # This and norm_epsilon are read by our network only: TensorRT-LLM's GPT-NeoX takes
         # 4 * hidden_size and 1e-5 whatever config.json says, as all published models have them.
         intermediate_size=fields.size("intermediate_size"),
@@ -78,10 +81,23 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
+_DECODER = Decoder(
+    norm=Norm.LAYER,
+    residual=Residual(True, "input_layernorm", "post_attention_layernorm"),
+    mlp_form=MlpForm.PLAIN,
+    activations=GELU,
+    qkv_bias=True,
+    dense_bias=True,
+    mlp_bias=True,
+    windowed=False,
+)
+
 GPT_NEOX = Architecture(
     name=_NAME,
     rules=_RULES,
+    decoder=_DECODER,
     shape_from_hf=_shape_from_hf,
+    formats=EVERY_FORMAT,
     # Buffers that older checkpoints carry: the causal mask and what follows from rotary_emb_base.
     ignored_sources=(
         f"{_HF}.attention.bias",

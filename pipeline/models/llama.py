@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.decoder import Decoder
 from pipeline.models.decoder_sizes import decoder_sizes
 from pipeline.models.hf_fields import HfFields
 from pipeline.models.rotary import rotary_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     FINAL_NORM,
     HF_LAYER,
     INPUT_NORM,
-    LLAMA_FORMATS,
     POST_NORM,
     attention_bias,
     embedding,
@@ -42,7 +43,6 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     sizes = decoder_sizes(fields)
     rotary_base, rotary_scaling = rotary_from_hf(fields)
     fields.only("hidden_act", "silu", "silu", "the network computes SiLU")
-    fields.only("partial_rotary_factor", 1.0, 1.0, "every channel of a head is rotated")
     attn_biased = fields.flag("attention_bias", default=False)
     mlp_biased = fields.flag("mlp_bias", default=False)
     shape = ModelShape(
@@ -61,11 +61,14 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
+_DECODER = Decoder()
+
 LLAMA = Architecture(
     name=_NAME,
     rules=_RULES,
+    decoder=_DECODER,
     shape_from_hf=_shape_from_hf,
     # A buffer that Llama 1 and 2 checkpoints carry; it follows from rope_theta.
     ignored_sources=(f"{HF_LAYER}.self_attn.rotary_emb.inv_freq",),
-    formats=LLAMA_FORMATS,
+    formats=EVERY_FORMAT,
 )

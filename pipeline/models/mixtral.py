@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture, Scope, Source, WeightRule
+from pipeline.models.decoder import Decoder, MlpForm
 from pipeline.models.decoder_sizes import attention_windows, decoder_sizes
 from pipeline.models.hf_fields import HfFields
 from pipeline.models.rotary import rotary_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     FINAL_NORM,
     HF_LAYER,
     INPUT_NORM,
@@ -101,4 +103,10 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
-MIXTRAL = Architecture(name=_NAME, rules=_RULES, shape_from_hf=_shape_from_hf)
+_DECODER = Decoder(
+    mlp_form=MlpForm.FUSED, experts=True, qkv_bias=False, dense_bias=False, mlp_bias=False
+)
+
+MIXTRAL = Architecture(
+    name=_NAME, rules=_RULES, decoder=_DECODER, shape_from_hf=_shape_from_hf, formats=EVERY_FORMAT
+)

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture, Fused, Source
+from pipeline.models.decoder import ROTARY, Decoder, MlpForm
 from pipeline.models.decoder_sizes import attention_windows, decoder_sizes
 from pipeline.models.hf_fields import HfFields
 from pipeline.models.rotary import DEFAULT_BASE, longrope_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     FINAL_NORM,
     HF_LAYER,
     INPUT_NORM,
@@ -80,6 +82,18 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
+_DECODER = Decoder(
+    mlp_form=MlpForm.FUSED,
+    qkv_bias=False,
+    dense_bias=False,
+    mlp_bias=False,
+    positions=(*ROTARY, "long_rope"),
+)
+
 PHI3 = Architecture(
-    name=_NAME, rules=_RULES, shape_from_hf=_shape_from_hf, formats=("fp16", "int4_awq")
+    name=_NAME,
+    rules=_RULES,
+    decoder=_DECODER,
+    shape_from_hf=_shape_from_hf,
+    formats=EVERY_FORMAT,
 )

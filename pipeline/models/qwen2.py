@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.decoder import Decoder, Flag
 from pipeline.models.decoder_sizes import decoder_sizes
 from pipeline.models.hf_fields import HfFields
 from pipeline.models.rotary import rotary_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     FINAL_NORM,
     INPUT_NORM,
-    LLAMA_FORMATS,
     POST_NORM,
     always,
     embedding,
@@ -59,9 +60,12 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
+_DECODER = Decoder(qkv_bias=Flag("attn_bias", default=True), dense_bias=False)
+
 QWEN2 = Architecture(
     name=_NAME,
     rules=_RULES,
+    decoder=_DECODER,
     shape_from_hf=_shape_from_hf,
-    formats=LLAMA_FORMATS,
+    formats=EVERY_FORMAT,
 )

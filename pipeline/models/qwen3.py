@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.decoder import Decoder
 from pipeline.models.decoder_sizes import decoder_sizes
 from pipeline.models.hf_fields import HfFields
 from pipeline.models.rotary import rotary_from_hf
 from pipeline.models.rules import (
+    EVERY_FORMAT,
     FINAL_NORM,
     HF_LAYER,
     INPUT_NORM,
     LAYER,
-    LLAMA_FORMATS,
     POST_NORM,
     embedding,
     head,
@@ -65,9 +66,12 @@ def _shape_from_hf(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
+_DECODER = Decoder(qk_norm=True)
+
 QWEN3 = Architecture(
     name=_NAME,
     rules=_RULES,
+    decoder=_DECODER,
     shape_from_hf=_shape_from_hf,
-    formats=LLAMA_FORMATS,
+    formats=EVERY_FORMAT,
 )

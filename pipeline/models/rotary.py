@@ -38,10 +38,19 @@ _UNSCALED = ("default", "none")
 
 
 def rotary_from_hf(
-    fields: HfFields, default_base: float = DEFAULT_BASE, base_name: str = "rope_theta"
+    fields: HfFields,
+    default_base: float = DEFAULT_BASE,
+    base_name: str = "rope_theta",
+    fraction: float = 1.0,
 ) -> tuple[float, RotaryScaling | None]:
-    """(base, scaling): transformers 4 has rope_theta and rope_scaling, version 5 rope_parameters."""
+    """(base, scaling): transformers 4 has rope_theta and rope_scaling, version 5 rope_parameters.
+
+    Args:
+        fraction: of a head's channels that are rotated; a config that says another one is refused,
+            because transformers obeys `partial_rotary_factor` in families that should not have it.
+    """
     parameters = _mapping(fields, "rope_parameters")
+    _check_fraction(fields, parameters, fraction)
     base = fields.positive(base_name, default_base)
     scaling = _scaling(fields, "rope_scaling", _mapping(fields, "rope_scaling"))
     if parameters is None:
@@ -57,11 +66,26 @@ def rotary_from_hf(
     return float(newer_base) if is_positive_number(newer_base) else base, newer_scaling
 
 
+def _check_fraction(
+    fields: HfFields, parameters: Mapping[str, Any] | None, fraction: float
+) -> None:
+    name = "partial_rotary_factor"
+    said = {name: fields.get(name), f"rope_parameters.{name}": (parameters or {}).get(name)}
+    for where, value in said.items():
+        if value is not None and value != fraction:
+            share = "every channel" if fraction == 1.0 else f"{fraction:g} of the channels"
+            what = f"{shown(value)} is not supported: {share} of a head is rotated"
+            fields.refuse(where, what, f"{fraction:g}")
+
+
 def unscaled_rotary_from_hf(
-    fields: HfFields, default_base: float = DEFAULT_BASE, base_name: str = "rope_theta"
+    fields: HfFields,
+    default_base: float = DEFAULT_BASE,
+    base_name: str = "rope_theta",
+    fraction: float = 1.0,
 ) -> float:
     """The base, for families whose model in TensorRT-LLM reads no rotary_scaling: one is refused."""
-    base, scaling = rotary_from_hf(fields, default_base, base_name)
+    base, scaling = rotary_from_hf(fields, default_base, base_name, fraction)
     if scaling is not None:
         what = f"{scaling.kind} is not supported: TensorRT-LLM's model of this family ignores it"
         fields.refuse("rope_scaling", what, "null")

@@ -17,8 +17,17 @@ LAYER = "transformer.layers.{layer}"
 HF_LAYER = "model.layers.{layer}"
 """Prefix of the sources of a layer in the families that descend from Llama."""
 
-LLAMA_FORMATS = ("fp16", "int4_awq", "int4_gptq", "w4a8_awq", "fp8", "int8_sq")
-"""Weight formats of the families whose linears are all separate in the Hugging Face checkpoint."""
+EVERY_FORMAT = (
+    "fp16",
+    "int4_awq",
+    "int4_gptq",
+    "w4a8_awq",
+    "fp8",
+    "int8_sq",
+    "int8_wo",
+    "mixed",
+)
+"""Weight formats in which a checkpoint may be stored; so far no architecture lacks one."""
 
 Condition = Callable[[ModelShape], bool]
 

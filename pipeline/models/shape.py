@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pipeline.parallel import Axis, Extent
@@ -86,6 +87,10 @@ class ModelShape:
 
     def extent(self, axis: Axis) -> Extent:
         """Size of an axis in this model, in units that may not be cut."""
+        return self._extents[axis]
+
+    @cached_property
+    def _extents(self) -> dict[Axis, Extent]:
         return {
             Axis.HIDDEN: Extent(self.hidden_size),
             Axis.Q: Extent(self.num_heads, self.head_size),
@@ -98,4 +103,4 @@ class ModelShape:
             Axis.EXPERT_FFN: Extent(
                 self.intermediate_size, padded_units=self.padded_intermediate_size
             ),
-        }[axis]
+        }

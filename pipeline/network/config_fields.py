@@ -25,6 +25,11 @@ class ConfigFields:
         """The raw value; None when it is absent or null."""
         return self._config.get(name)
 
+    @property
+    def names(self) -> list[str]:
+        """Every field that is there."""
+        return list(self._config)
+
     def refuse(self, what: str, allowed: str = "", fix: str = "") -> None:
         """Record a problem."""
         self.problems.append(Problem(self._where, what, allowed, fix))

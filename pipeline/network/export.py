@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+from pipeline.checkpoint.trtllm_config import QUANT_FILE
 from pipeline.errors import CheckpointError, Problem
 from pipeline.network.limits import BuildLimits
 from pipeline.network.spec import NetworkSpec
-from pipeline.network.spec_reader import read_spec
+from pipeline.network.spec_reader import QUANTIZED_LAYERS, read_spec
 from pipeline.progress import Progress
+from pipeline.quant.formats import FORMATS
 
 LIMITS_PROPERTY = "trtpipe.limits"
+MIXED_ALGO = FORMATS["mixed"].quant_algo
 
 
 def cpu_graph_path(engine_dir: Path, rank: int) -> Path:
@@ -91,12 +95,11 @@ def read_checkpoint_spec(
         CheckpointError: as read_spec; also a longer sequence or a larger vocabulary than the model's.
     """
     path = checkpoint_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(Problem(str(path), "is not a JSON object"))
+    config = _read_object(path)
+    quantization = config.get("quantization")
+    if isinstance(quantization, dict) and quantization.get("quant_algo") == MIXED_ALGO:
+        layers = _read_object(checkpoint_dir / QUANT_FILE).get(QUANTIZED_LAYERS)
+        config["quantization"] = {**quantization, QUANTIZED_LAYERS: layers}
     spec = read_spec(config, str(path))
     problems = []
     if limits.max_seq_len > spec.max_position_embeddings:
@@ -115,3 +118,13 @@ def read_checkpoint_spec(
     if problems:
         raise CheckpointError(problems)
     return spec if vocab_size is None else replace(spec, vocab_size=vocab_size)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(Problem(str(path), "is not a JSON object"))
+    return fields

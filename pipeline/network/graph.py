@@ -21,6 +21,8 @@ _ONNX_DTYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "int4": TensorProto.INT4,
+    "int8": TensorProto.INT8,
+    "float8e4m3fn": TensorProto.FLOAT8E4M3FN,
     "int64": TensorProto.INT64,
 }
 
@@ -72,6 +74,14 @@ class GraphBuilder:
         if name not in self._initializers:
             self._claim(name)
             self._initializers[name] = onnx.numpy_helper.from_array(array, name)
+        return name
+
+    def zero(self, dtype: str) -> str:
+        """The zero point 0 of a rounding to `dtype`, which says to what is rounded."""
+        name = f"zero.{dtype}"
+        if name not in self._initializers:
+            self._claim(name)
+            self._initializers[name] = helper.make_tensor(name, _ONNX_DTYPES[dtype], [], [0])
         return name
 
     def scalar(self, name: str, value: float) -> str:

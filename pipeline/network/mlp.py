@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline.models.decoder import Activation, MlpForm
 from pipeline.network.graph import GraphBuilder
 from pipeline.network.linear import add_linear
 from pipeline.network.modules import LayerModules, MlpModules
 from pipeline.network.rank_tensors import RankRefs
-from pipeline.network.spec import Activation, Experts, MlpForm, NetworkSpec
+from pipeline.network.spec import Experts, NetworkSpec
 
 
 def add_feed_forward(

@@ -1,6 +1,6 @@
 """Names and shapes of the modules of one rank, as TensorRT-LLM names them.
 
-Shapes: N output features, K input features, G int4 group size, E experts, H hidden size.
+Shapes: N output features, K input features, E experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.network.spec import MlpForm, NetworkSpec, Norm
+from pipeline.models.decoder import MlpForm, Norm
+from pipeline.network.spec import NetworkSpec
+from pipeline.quant.formats import QuantFormat
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 POSITIONS = "transformer.position_embedding.weight"
 FINAL_NORM = "transformer.ln_f"
 HEAD = "lm_head"
+SCALE = "weights_scaling_factor"
 ZERO_POINT = "weights_zero_point"
+PRE_QUANT_SCALE = "prequant_scaling_factor"
+ACTIVATION_SCALE = "activation_scaling_factor"
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (safetensors dtype, shape)."""
@@ -46,53 +51,77 @@ class NormModule:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of the checkpoint: weight [N, K], stored as float16 or as int4.
+    """A linear of the checkpoint: weight [N, K], stored as its format says.
 
     Attributes:
         module: name in the network.
         source: module whose tensors hold it; differs from `module` for one expert of a stack.
         expert: its row in a stack of `num_experts`; None: the tensors are its own.
-        asymmetric: int4 with zero points.
     """
 
     module: str
     source: str
     num_outputs: int
     num_inputs: int
-    quantized: bool
+    format: QuantFormat
     biased: bool = False
     expert: int | None = None
     num_experts: int = 0
-    asymmetric: bool = False
 
-    def required(self, group_size: int) -> Tensors:
+    @property
+    def quantized(self) -> bool:
+        """Whether it is stored as anything else than float16."""
+        return self.format.quant_algo is not None
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether it has zero points."""
+        return self.format.has_zero_point
+
+    def required(self) -> Tensors:
         """Everything this linear must have."""
-        n, k = self.num_outputs, self.num_inputs
-        tensors: Tensors = {}
-        if self.quantized:
-            tensors["weight"] = ("I8", (n // 2, k))
-            tensors["weights_scaling_factor"] = ("F32", (n, k // group_size))
-            if self.asymmetric:
-                tensors[ZERO_POINT] = ("I8", (n, k // group_size))
-        else:
-            tensors["weight"] = ("F16", (n, k))
+        tensors = dict(self._stored(required=True))
         if self.biased:
-            tensors["bias"] = ("F16", (n,))
-        return self._named(tensors)
+            tensors |= self._bias()
+        return tensors
 
     def optional(self) -> Tensors:
         """The same for what it may have."""
-        tensors: Tensors = {"bias": ("F16", (self.num_outputs,))}
-        if self.quantized:
-            tensors["prequant_scaling_factor"] = ("F16", (self.num_inputs,))
-        return self._named(tensors)
+        return self._bias() | dict(self._stored(required=False))
 
-    def _named(self, tensors: Tensors) -> Tensors:
-        stack = () if self.expert is None else (self.num_experts,)
-        return {
-            f"{self.source}.{name}": (dtype, (*stack, *shape))
-            for name, (dtype, shape) in tensors.items()
-        }
+    def is_stacked(self, tensor: str) -> bool:
+        """Whether its tensor of this name, such as "weight", holds those of other experts, too."""
+        shared = [stored.target for stored in self.format.tensors if not stored.per_expert]
+        return self.expert is not None and tensor not in shared
+
+    def division_problems(self) -> Iterator[str]:
+        """Sizes that the format cannot divide."""
+        sizes = (self.num_outputs, self.num_inputs)
+        for stored in self.format.tensors:
+            for dim in stored.dims or ():
+                size, divisor = sizes[dim.parent], self.format.divisor(dim)
+                if size % divisor:
+                    ends = ("outputs", "inputs")[dim.parent]
+                    yield f"{size} {ends} are not a multiple of {divisor}, as {self.format.name} needs"
+
+    def _stored(self, *, required: bool) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+        sizes = (self.num_outputs, self.num_inputs)
+        for stored in self.format.tensors:
+            if (stored.fill is None) != required:
+                continue
+            shape: tuple[int, ...] = sizes
+            if stored.dims is not None:
+                shape = tuple(sizes[dim.parent] // self.format.divisor(dim) for dim in stored.dims)
+            yield self._named(stored.target, stored.target_dtype, shape or (1,))
+
+    def _bias(self) -> Tensors:
+        return dict([self._named("bias", "F16", (self.num_outputs,))])
+
+    def _named(
+        self, tensor: str, dtype: str, shape: tuple[int, ...]
+    ) -> tuple[str, tuple[str, tuple[int, ...]]]:
+        stack = (self.num_experts,) if self.is_stacked(tensor) else ()
+        return f"{self.source}.{tensor}", (dtype, (*stack, *shape))
 
 
 @dataclass(frozen=True)
@@ -154,9 +183,8 @@ def layer_modules(spec: NetworkSpec, layer: int) -> LayerModules:
             module,
             num_outputs,
             num_inputs,
-            spec.is_quantized(module),
+            spec.format_of(module),
             biased,
-            asymmetric=spec.asymmetric,
         )
 
     def head_norm(name: str) -> NormModule | None:
@@ -194,11 +222,10 @@ def _mlps(spec: NetworkSpec, prefix: str) -> Iterator[MlpModules]:
             source=source,
             num_outputs=num_outputs,
             num_inputs=num_inputs,
-            quantized=spec.is_quantized(source),
+            format=spec.format_of(source),
             biased=features.biases.mlp,
             expert=expert,
             num_experts=num_experts,
-            asymmetric=spec.asymmetric,
         )
 
     fc_width = 2 * ffn if features.mlp_form is MlpForm.FUSED else ffn

@@ -2,11 +2,13 @@
 
 Shapes: N output features, K input features, G int4 group size.
 A checkpoint int4 weight is int8 [N/2, K]: byte [i, k] holds row 2i (low nibble) and row 2i+1 (high).
-ONNX INT4 [K, N] is packed along N, low nibble first, so its bytes are the plain transpose.
+ONNX INT4 [K, N] is packed along N, low nibble first, so its bytes are the plain transpose. Weights of
+one byte an element are transposed as well.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,12 @@ import numpy.typing as npt
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.errors import CheckpointError, Problem
 from pipeline.network.modules import (
+    ACTIVATION_SCALE,
     EMBEDDING,
     HEAD,
     POSITIONS,
+    PRE_QUANT_SCALE,
+    SCALE,
     ZERO_POINT,
     Linear,
     Tensors,
@@ -31,18 +36,32 @@ from pipeline.network.rope import Rotary, rotary_tables
 from pipeline.network.spec import NetworkSpec
 from pipeline.network.weights_file import WeightRef, WeightsFile
 from pipeline.progress import Progress
+from pipeline.quant.formats import FORMATS
 
 _BLOCK_BYTES = 16 * 1024**2
+
+ONNX_CODES = {"int4": "int4", "int8": "int8", "fp8": "float8e4m3fn"}
+"""ONNX's names of what quantized elements are."""
 
 
 @dataclass(frozen=True)
 class LinearRef:
-    """Where the tensors of one linear lie. `scale` [K/G, N] marks an int4 weight [K, N], which may have
-    a zero point of the same shape; a float16 weight is [N, K] as in the checkpoint."""
+    """Where the tensors of one linear lie.
+
+    Attributes:
+        weight: float16 [N, K] as in the checkpoint, or codes [K, N].
+        scale: of codes: float16 [K/G, N] of int4, float32 [N] of int8.
+        weight_scale: of codes with one scale for all.
+        input_scale: pre-quant scale, float16 [K].
+        inputs: dtype and scale to which the input is rounded.
+        zero_point: float16 [K/G, N].
+    """
 
     weight: WeightRef
     scale: WeightRef | None = None
+    weight_scale: float | None = None
     input_scale: WeightRef | None = None
+    inputs: tuple[str, float] | None = None
     bias: WeightRef | None = None
     zero_point: WeightRef | None = None
 
@@ -85,7 +104,7 @@ def check_rank(reader: CheckpointReader, spec: NetworkSpec, path: Path) -> None:
 def head_linear(reader: CheckpointReader, spec: NetworkSpec) -> Linear:
     """lm_head; it may have more rows than tokens (padding)."""
     num_rows = _num_token_rows(reader, spec, f"{HEAD}.weight")
-    return Linear(HEAD, HEAD, num_rows, spec.hidden_size, quantized=False)
+    return Linear(HEAD, HEAD, num_rows, spec.hidden_size, FORMATS["fp16"])
 
 
 def store_rank(
@@ -145,7 +164,7 @@ def rotary_table_name(part: str, dtype: str) -> str:
 def read_linear(reader: CheckpointReader, linear: Linear, tensor: str) -> npt.NDArray[Any]:
     """One tensor of a linear, such as "weight"; of one expert, its part of the stack."""
     name = f"{linear.source}.{tensor}"
-    if linear.expert is None:
+    if linear.expert is None or not linear.is_stacked(tensor):
         return reader.read(name)
     (part,) = reader.read_rows(name, linear.expert, linear.expert + 1)
     return np.asarray(part)
@@ -160,7 +179,7 @@ def _expected(reader: CheckpointReader, spec: NetworkSpec) -> tuple[Tensors, Ten
         required[POSITIONS] = ("F16", (spec.max_position_embeddings, spec.hidden_size))
     required |= dict.fromkeys(final_norm(spec).vectors, ("F16", (spec.hidden_size,)))
     optional = head.optional()
-    (optional if spec.shared_embedding else required).update(head.required(spec.group_size))
+    (optional if spec.shared_embedding else required).update(head.required())
     for layer in range(spec.num_layers):
         modules = layer_modules(spec, layer)
         for norm in modules.all_norms:
@@ -168,7 +187,7 @@ def _expected(reader: CheckpointReader, spec: NetworkSpec) -> tuple[Tensors, Ten
         if modules.router is not None:
             required[modules.router] = ("F32", (len(modules.mlps), spec.hidden_size))
         for linear in modules.linears:
-            required |= linear.required(spec.group_size)
+            required |= linear.required()
             optional |= linear.optional()
     return required, optional
 
@@ -184,29 +203,44 @@ def _division_problems(spec: NetworkSpec, path: Path) -> Iterator[Problem]:
     for layer in range(spec.num_layers):
         for linear in layer_modules(spec, layer).linears:
             where = f"{path}: {linear.module}"
-            if linear.quantized and linear.num_inputs % spec.group_size:
-                yield Problem(
-                    where,
-                    f"int4 groups of {spec.group_size} do not divide {linear.num_inputs} inputs",
-                    fix="quantize with a group size that divides",
-                )
-            if linear.quantized and linear.num_outputs % 2:
-                yield Problem(where, f"{linear.num_outputs} outputs", "an even number for int4")
+            for what in dict.fromkeys(linear.division_problems()):
+                yield Problem(where, what, fix="quantize with another group size or format")
 
 
 def _store_linear(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> LinearRef:
     bias = _store_optional(reader, weights_file, linear, "bias", neutral=0.0)
     if not linear.quantized:
         return LinearRef(_store_float16(reader, weights_file, linear), bias=bias)
+    per_weight = linear.format.weights == "fp8"
     return LinearRef(
-        weight=_store_int4(reader, weights_file, linear),
-        scale=_store_scale(reader, weights_file, linear),
-        input_scale=_store_optional(
-            reader, weights_file, linear, "prequant_scaling_factor", neutral=1.0
-        ),
+        weight=_store_codes(reader, weights_file, linear),
+        scale=None if per_weight else _store_scale(reader, weights_file, linear),
+        weight_scale=read_number(reader, linear, SCALE) if per_weight else None,
+        input_scale=_store_optional(reader, weights_file, linear, PRE_QUANT_SCALE, neutral=1.0),
+        inputs=_read_inputs(reader, linear),
         bias=bias,
         zero_point=_store_zero_point(reader, weights_file, linear),
     )
+
+
+def read_number(reader: CheckpointReader, linear: Linear, tensor: str) -> float:
+    """A scale that is one number.
+
+    Raises:
+        CheckpointError: it is not finite or not above 0.
+    """
+    value = float(read_linear(reader, linear, tensor).reshape(()))
+    if not (math.isfinite(value) and value > 0):
+        name = f"{linear.source}.{tensor}"
+        where = f"{reader.tensors[name].file}: {name}"
+        raise CheckpointError(Problem(where, f"scale {value:g}", "finite, above 0"))
+    return value
+
+
+def _read_inputs(reader: CheckpointReader, linear: Linear) -> tuple[str, float] | None:
+    if linear.format.inputs is None:
+        return None
+    return ONNX_CODES[linear.format.inputs], read_number(reader, linear, ACTIVATION_SCALE)
 
 
 def _store_float16(
@@ -223,21 +257,29 @@ def _store_float16(
     return weights_file.add(f"{linear.module}.weight", "float16", shape, blocks)
 
 
-def _store_int4(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> WeightRef:
-    packed = read_linear(reader, linear, "weight")
-    columns = max(1, _BLOCK_BYTES // packed.shape[0])
-    blocks = (packed[:, k : k + columns].T for k in range(0, linear.num_inputs, columns))
+def _store_codes(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> WeightRef:
+    """[K, N]: for all formats the plain transpose of the checkpoint's bytes."""
+    codes = read_linear(reader, linear, "weight").view(np.uint8)
+    columns = max(1, _BLOCK_BYTES // codes.shape[0])
+    blocks = (codes[:, k : k + columns].T for k in range(0, linear.num_inputs, columns))
     shape = (linear.num_inputs, linear.num_outputs)
-    return weights_file.add(f"{linear.module}.weight", "int4", shape, blocks)
+    dtype = ONNX_CODES[linear.format.weights]
+    return weights_file.add(f"{linear.module}.weight", dtype, shape, blocks)
 
 
 def _store_scale(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> WeightRef:
-    """Rounded to float16 once, here: TensorRT needs it, and the CPU graph reads the same bytes."""
-    source = f"{linear.source}.weights_scaling_factor"
-    read = read_linear(reader, linear, "weights_scaling_factor")
-    scale = float16_scale(read, f"{reader.tensors[source].file}: {source}").T
-    name = f"{linear.module}.weights_scaling_factor"
-    return weights_file.add(name, "float16", scale.shape, [scale])
+    """Those of int4 are rounded to float16 once, here: TensorRT fuses no other, and the CPU graph
+    reads the same bytes. Those of int8 stay float32."""
+    source = f"{linear.source}.{SCALE}"
+    where = f"{reader.tensors[source].file}: {source}"
+    scale = read_linear(reader, linear, SCALE)
+    name = f"{linear.module}.{SCALE}"
+    if linear.format.weights == "int4":
+        rounded = float16_scale(scale, where).T
+        return weights_file.add(name, "float16", rounded.shape, [rounded])
+    if not np.isfinite(scale).all():
+        raise CheckpointError(Problem(where, "NaN or infinite scales", "finite"))
+    return weights_file.add(name, "float32", scale.shape, [scale])
 
 
 def _store_zero_point(

@@ -3,60 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, auto
 from fnmatch import fnmatch
 
+from pipeline.models.decoder import PRE_NORM, Activation, MlpForm, Norm, Residual
 from pipeline.network.rope import Rotary
-
-
-class Norm(Enum):
-    """What normalizes the residual stream; both work along the last axis."""
-
-    RMS = auto()  # weight only
-    LAYER = auto()  # subtracts the mean; weight and bias
-
-
-class Activation(Enum):
-    """The nonlinearity of the feed-forward network."""
-
-    SILU = auto()
-    GELU = auto()  # exact, by the error function
-    GELU_TANH = auto()
-
-
-class MlpForm(Enum):
-    """How `fc`, `gate` and `proj` make a feed-forward network."""
-
-    GATED = auto()  # proj(act(fc x) * gate x)
-    FUSED = auto()  # fc holds [linear rows; activated rows]: proj(act(second half) * first half)
-    PLAIN = auto()  # proj(act(fc x))
-
-
-@dataclass(frozen=True)
-class Residual:
-    """Where a layer normalizes, and what its feed-forward network reads.
-
-    Attributes:
-        parallel: attention and feed-forward network both read the layer's input and are added to it
-            together; otherwise the feed-forward network reads what attention left.
-        before_attention, before_mlp: names of norms; the same name twice is one norm for both.
-        after_attention, after_mlp: norms of a branch before it is added; None: there is none.
-    """
-
-    parallel: bool
-    before_attention: str
-    before_mlp: str
-    after_attention: str | None = None
-    after_mlp: str | None = None
-
-    @property
-    def norms(self) -> tuple[str, ...]:
-        """Every norm once, in the order of execution."""
-        names = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
-        return tuple(dict.fromkeys(name for name in names if name is not None))
-
-
-PRE_NORM = Residual(False, "input_layernorm", "post_layernorm")
+from pipeline.quant.formats import FORMATS, QuantFormat
 
 
 @dataclass(frozen=True)
@@ -117,8 +68,7 @@ class NetworkSpec:
 
     Attributes:
         vocab_size: rows of lm_head that are tokens; further rows are padding and get no logit.
-        quant_algo: None (all linears float16), "W4A16_AWQ" or, with zero points, "W4A16_GPTQ".
-        group_size: consecutive input channels that share one int4 scale.
+        format: how linears are stored; in a mixed one, exceptions by their names in TensorRT-LLM.
         excluded_modules: fnmatch patterns of modules that stay float16.
         shared_embedding: lm_head uses the embedding table when it has no weight of its own.
     """
@@ -132,22 +82,16 @@ class NetworkSpec:
     vocab_size: int
     max_position_embeddings: int
     norm_epsilon: float
-    quant_algo: str | None
-    group_size: int
+    format: QuantFormat
     excluded_modules: tuple[str, ...]
     shared_embedding: bool
     features: Features
 
-    @property
-    def asymmetric(self) -> bool:
-        """Whether int4 linears have zero points."""
-        return self.quant_algo == "W4A16_GPTQ"
-
-    def is_quantized(self, module: str) -> bool:
-        """Whether the linear `module` (full TensorRT-LLM name) is stored as int4."""
-        if self.quant_algo is None:
-            return False
-        return not any(fnmatch(module, pattern) for pattern in self.excluded_modules)
+    def format_of(self, module: str) -> QuantFormat:
+        """How the linear `module` (full TensorRT-LLM name) is stored."""
+        if any(fnmatch(module, pattern) for pattern in self.excluded_modules):
+            return FORMATS["fp16"]
+        return self.format.of(module)
 
     @property
     def query_scale(self) -> float:

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.network.config_fields import ConfigFields
-from pipeline.network.families import read_features
+from pipeline.network.features import read_features
 from pipeline.network.spec import NetworkSpec
+from pipeline.quant.formats import FORMATS, QuantFormat
 
+QUANTIZED_LAYERS = "quantized_layers"
+"""Of quant_cfg.json, which `read_spec` expects within the config's `quantization`."""
 # Applied by TensorRT-LLM when exclude_modules is null; a list given replaces them.
 DEFAULT_EXCLUDED_MODULES = ("*lm_head", "*vocab_embedding", "*position_embedding", "*router")
 
@@ -50,15 +53,26 @@ def read_spec(config: Mapping[str, Any], where: str) -> NetworkSpec:
         vocab_size=fields.size("vocab_size"),
         max_position_embeddings=fields.size("max_position_embeddings"),
         norm_epsilon=fields.number("norm_epsilon", 1e-5),
-        quant_algo=quantization.choice(
-            "quant_algo", {name: name for name in (None, "W4A16_AWQ", "W4A16_GPTQ")}, default=None
-        ),
-        group_size=quantization.size("group_size", 128),
+        format=_read_format(quantization),
         excluded_modules=DEFAULT_EXCLUDED_MODULES if excluded is None else tuple(excluded),
         shared_embedding=fields.flag("share_embedding_table") or fields.flag("tie_word_embeddings"),
         features=read_features(fields, head_size),
     )
-    # GPTQ without zero points is written as W4A16_AWQ, which is the same layout.
-    quantization.only("has_zero_point", (spec.asymmetric,))
     fields.finish()
     return spec
+
+
+def _read_format(quantization: ConfigFields) -> QuantFormat:
+    """Of all linears; in MIXED_PRECISION, of each that `quantized_layers` names.
+
+    GPTQ without zero points is written as W4A16_AWQ, which is the same layout.
+    """
+    known = {fmt.quant_algo: fmt for fmt in FORMATS.values()}
+    fmt = quantization.choice("quant_algo", known, default=None)
+    quantization.only("has_zero_point", (fmt.has_zero_point,))
+    if fmt.group_size is not None:
+        fmt = fmt.with_group_size(quantization.size("group_size", 128))
+    if not fmt.is_mixed:
+        return fmt
+    layers = quantization.section(QUANTIZED_LAYERS)
+    return fmt.with_exceptions({name: _read_format(layers.section(name)) for name in layers.names})

@@ -19,7 +19,7 @@ from pipeline.errors import Problem, StageError
 # Page size: each tensor can be mapped by itself.
 ALIGNMENT = 4096
 
-_BITS = {"float32": 32, "float16": 16, "int4": 4}
+_BITS = {"float32": 32, "float16": 16, "int8": 8, "float8e4m3fn": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class WeightRef:
 
     Attributes:
         name: as in the TensorRT-LLM checkpoint where it comes from there.
-        dtype: "float32", "float16" or "int4" (two per byte, low nibble first, along the last axis).
+        dtype: "float32", "float16", "int8", "float8e4m3fn" or "int4" (two per byte, low nibble first,
+            along the last axis).
         shape: logical shape.
         offset: first byte in the file.
         nbytes: bytes in the file.

@@ -68,7 +68,7 @@ def test_a_rank_s_own_error_keeps_its_kind_and_fix(workers: Path) -> None:
 
 def test_a_kill_is_called_a_kill(workers: Path) -> None:
     with pytest.raises(
-        StageError, match=r"rank 0: was killed by signal 9 \(usually: out of memory"
+        StageError, match=r"rank 0: was killed by signal 9; .*usually the kernel ran out of memory"
     ):
         run_ranks(_jobs(workers, "killed"), "sequential", workers / "jobs.json")
 

@@ -78,6 +78,7 @@ def _ranks(directory: Path, world_size: int) -> list[dict[str, np.ndarray]]:
     return [load_file(directory / f"rank{rank}.safetensors") for rank in range(world_size)]
 
 
+@pytest.mark.covers("ModelOpt", fmt="fp16", mappings=MAPPINGS)
 @pytest.mark.parametrize(
     ("architecture", "tied"),
     [

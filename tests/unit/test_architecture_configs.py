@@ -312,6 +312,24 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("pythia-2.8b", {"rotary_pct": 1.5}, "rotary_pct: 1.5 rotates 120 of 80 channels"),
     ("pythia-2.8b", {"attention_bias": False}, "attention_bias: False is not supported"),
+    ("pythia-2.8b", {"head_dim": 64}, "head_dim: 64 is not supported: transformers rotates by it"),
+    (
+        "pythia-2.8b",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}},
+        "rope_parameters.partial_rotary_factor: 1.0 is not supported: 0.25 of the channels of a head",
+    ),
+    ("falcon-7b", {"head_dim": 64}, "head_dim: 64 is not supported: a head has hidden_size"),
+    *(
+        (
+            model,
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor: 0.5 is not supported: every channel of a head is rotated",
+        )
+        for model in (
+            *("mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-2b"),
+            *("gemma-2-9b", "falcon-7b", "mixtral-8x7b"),
+        )
+    ),
     ("falcon-7b", {"alibi": True}, "alibi: True is not supported: positions must be rotary"),
     (
         "falcon-40b",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoint.convert import convert_checkpoint
+from pipeline.checkpoint.convert_processes import convert_in_processes
 from pipeline.checkpoint.options import ConvertOptions
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import CheckpointError, ExitCode, PipelineError, StageError
 from pipeline.progress import SilentProgress
+from tests.foreign_checkpoints import write_foreign
 from tests.tiny import write_tiny_llama
 
 
@@ -178,6 +182,62 @@ def test_a_disk_that_fills_while_writing(
     path = tmp_path / "out" / "rank0.safetensors"
     assert f"{path}: cannot be written: No space left on device; it needs " in text
     assert "bytes in all; fix: make room" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "not valid JSON"),
+        ("model.safetensors.index.json", "not valid JSON"),
+        ("hf_quant_config.json", "not valid JSON"),
+    ],
+)
+def test_zero_length_files(sharded: Path, tmp_path: Path, name: str, text: str) -> None:
+    (sharded / name).write_bytes(b"")
+    assert f"{sharded / name}: {text}" in refusal(sharded, tmp_path / "out")
+
+
+def test_scales_that_are_not_finite(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of quantized linears: float32 values that no cast would notice."""
+    write_foreign(tiny_llama, tmp_path / "hf", method="awq")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.scales"][0, :3] = np.inf
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        CheckpointError, match=rf"^{name}.weight_scale: 3 values are NaN or Inf; fix"
+    ):
+        convert_checkpoint(tmp_path / "hf", tmp_path / "out", tp=2, pp=1, progress=SilentProgress())
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_disk_without_room_for_the_file_of_one_rank(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real limit of this process and its children, which the check before writing does not see."""
+    monkeypatch.setattr(
+        "pipeline.checkpoint.convert_processes.processes_that_fit", lambda *_, **__: 2
+    )
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        with pytest.raises(StageError) as caught:
+            convert_in_processes(
+                tiny_llama, out_dir, tp=2, pp=1, launch="sequential", progress=SilentProgress()
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (problem,) = caught.value.problems
+    path = re.fullmatch(r"rank ([01]): (.*)", problem.where)
+    assert path is not None
+    assert path[2] == f"{out_dir}/rank{path[1]}.safetensors"
+    assert re.match(r"needs \d{6} bytes, \d+ are free on the disk", problem.what)
+    assert problem.fix == "make room, or publish elsewhere"
+    # The other process may have been ended with its file in hand, which has no header yet.
+    assert {path.name for path in out_dir.iterdir()} <= {"rank0.safetensors", "rank1.safetensors"}
 
 
 def test_exit_code(tiny_llama: Path, tmp_path: Path) -> None:

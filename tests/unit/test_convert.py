@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.checkpoint import detect_format, open_checkpoint, planned_bytes
 from pipeline.checkpoint.cast import Caster
 from pipeline.checkpoint.convert import check_checkpoint, convert_checkpoint, rank_path
+from pipeline.checkpoint.findings import Findings
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.errors import CheckpointError, ExitCode, PlanError
 from pipeline.parallel import mappings
@@ -152,7 +153,9 @@ def test_stages_with_uneven_layers(tmp_path: Path) -> None:
 def use_blocks_of(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = CheckpointReader.row_blocks
     monkeypatch.setattr(
-        CheckpointReader, "row_blocks", lambda self, name: whole(self, name, block_bytes)
+        CheckpointReader,
+        "row_blocks",
+        lambda self, name, _=0, within=None: whole(self, name, block_bytes, within),
     )
 
 
@@ -202,11 +205,12 @@ def test_every_bfloat16_value_is_cast_as_torch_does() -> None:
     wide = (bits.astype(np.uint32) << 16).view(np.float32)
     fits = np.abs(wide) < 65520  # below: rounds to at most 65504
     values = bits[fits].view(ml_dtypes.bfloat16)
-    caster = Caster()
+    findings = Findings()
+    caster = Caster(findings)
     ours = caster.cast("x", values, "F16")
     theirs = torch.from_numpy(bits[fits].view(np.int16)).view(torch.bfloat16).to(torch.float16)
     np.testing.assert_array_equal(ours.view(np.uint16), theirs.numpy().view(np.uint16))
-    assert not caster.problems
+    assert not findings.losses
 
 
 def test_values_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:
@@ -413,15 +417,16 @@ def test_illegal_mapping(int4: Path, tmp_path: Path) -> None:
         ),
         ({"quant_algo": None}, "quant_algo None; allowed: plain"),
         ({"quant_algo": "NVFP4"}, "quant_algo 'NVFP4': 4-bit floats; no engine here has kernels"),
-        ({"quant_algo": "W4A16_GPTQ"}, "quant_algo 'W4A16_GPTQ'; allowed: plain"),
-        ({"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo 'FP8'; allowed: null"),
+        ({"quant_algo": "W4A16_GPTQ"}, "has_zero_point is not set; allowed: true with W4A16_GPTQ"),
+        ({"kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo 'NVFP4'; allowed: null, FP8, INT8"),
         ({"has_zero_point": True}, "has_zero_point is set; allowed: false"),
         ({"group_size": 32}, "group_size 32; allowed: 64, 128"),
         ({"group_size": None}, "group_size None; allowed: 64, 128"),
         (
-            {"exclude_modules": ["lm_head", "model.layers.0.mlp*"]},
-            "exclude_modules leaves layers unquantized: model.layers.0.mlp*; allowed: lm_head, ",
+            {"exclude_modules": ["lm_head", "model.layers.7.mlp*"]},
+            "exclude_modules: 'model.layers.7.mlp*' names no module of LlamaForCausalLM",
         ),
+        ({"quant_algo": "MIXED_PRECISION"}, "quantized_layers is missing or empty"),
     ],
 )
 def test_quantization_that_is_not_supported(

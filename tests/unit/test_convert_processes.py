@@ -80,6 +80,30 @@ def test_same_bytes_as_one_process(
     assert progress.done == progress.total == 7 * 5 + 3
 
 
+@pytest.mark.parametrize(
+    "launch", ["sequential", pytest.param("mpirun", marks=pytest.mark.mpi)], ids=str
+)
+def test_ranks_of_one_stage_in_several_processes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: LaunchMode
+) -> None:
+    """tp 8 on two KV heads: ranks of different processes hold the same head."""
+    monkeypatch.setattr(
+        "pipeline.checkpoint.convert_processes.processes_that_fit", lambda *_, **__: 3
+    )
+    eight = write_tiny_llama(
+        tmp_path / "source", num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2
+    )
+    one, many = tmp_path / "one", tmp_path / "many"
+    one.mkdir()
+    many.mkdir()
+    convert_checkpoint(eight, one, tp=8, pp=1, progress=SilentProgress())
+    progress = CountingProgress()
+    convert_in_processes(eight, many, tp=8, pp=1, launch=launch, progress=progress)
+    assert digests(many) == digests(one)
+    assert len(digests(many)) == 9
+    assert progress.done == progress.total == 3 * (7 * 2 + 3)
+
+
 def spoilt(source: Path, directory: Path, **changes: Callable[[np.ndarray], None]) -> Path:
     shutil.copytree(source, directory)
     tensors = load_file(directory / "model.safetensors")
@@ -122,12 +146,76 @@ def test_headers_are_checked_before_a_process_starts(
 def test_a_process_that_fails_is_named(source: Path, tmp_path: Path, two_processes: None) -> None:
     """Ranks 2 and 3 are those of the second stage, which the second process converts first."""
     (tmp_path / "rank3.safetensors").write_text("precious")
-    with pytest.raises(StageError, match=r"rank 2: ended with code 1; (.*\n)+.*FileExistsError"):
+    with pytest.raises(StageError, match=r"ranks 2-3: ended with code 1; (.*\n)+.*FileExistsError"):
         convert_in_processes(
             source, tmp_path, tp=2, pp=3, launch="sequential", progress=SilentProgress()
         )
     assert (tmp_path / "rank3.safetensors").read_text() == "precious"
     assert not list(tmp_path.glob(".convert-*"))
+
+
+def with_sitecustomize(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python processes that are started from now on run the sitecustomize.py of a directory first."""
+    path = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
+def test_a_process_that_is_killed_is_named_and_ends_the_others(
+    source: Path, tmp_path: Path, two_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "job = sys.orig_argv[-1]\n"
+        "if '\"ranks\": [2, 3]' in job:\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "if '\"ranks\": [0, 1]' in job:\n"
+        "    time.sleep(1000)\n"
+    )
+    with_sitecustomize(tmp_path, monkeypatch)
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    text = r"ranks 2-3: was killed by signal 9; .*; fix: usually the kernel ran out of memory"
+    with pytest.raises(StageError, match=text):
+        convert_in_processes(
+            source, out_dir, tp=4, pp=1, launch="sequential", progress=SilentProgress()
+        )
+    assert not (out_dir / "config.json").exists()
+    assert not list(out_dir.glob(".convert-*"))
+
+
+@pytest.mark.parametrize(
+    "launch", ["sequential", pytest.param("mpirun", marks=pytest.mark.mpi)], ids=str
+)
+def test_what_stops_one_process_is_told_with_its_ranks(
+    tiny_llama: Path,
+    tmp_path: Path,
+    two_processes: None,
+    monkeypatch: pytest.MonkeyPatch,
+    launch: LaunchMode,
+) -> None:
+    """A weight that the second stage alone reads, in a file that ends before it: a copy, for the
+    process of the first stage may open the file at any time."""
+    source, out_dir = tmp_path / "hf", tmp_path / "out"
+    shutil.copytree(tiny_llama, source)
+    broken = "def row_blocks(self, name, *rest, **more):"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import dataclasses, pathlib\n"
+        "from pipeline.checkpoint import reader\n"
+        "whole = reader.CheckpointReader.row_blocks\n"
+        f"{broken}\n"
+        "    if name == 'model.norm.weight':\n"
+        "        info = self.tensors[name]\n"
+        "        cut = pathlib.Path(f'{info.file}.cut')\n"
+        "        cut.write_bytes(pathlib.Path(info.file).read_bytes()[:info.offset])\n"
+        "        self.tensors[name] = dataclasses.replace(info, file=cut)\n"
+        "    return whole(self, name, *rest, **more)\n"
+        "reader.CheckpointReader.row_blocks = row_blocks\n"
+    )
+    with_sitecustomize(tmp_path, monkeypatch)
+    out_dir.mkdir()
+    with pytest.raises(CheckpointError, match=r"rank 1: .*the file ends inside the tensor"):
+        convert_in_processes(source, out_dir, tp=1, pp=2, launch=launch, progress=SilentProgress())
+    assert not (out_dir / "config.json").exists()
 
 
 def test_a_process_that_nobody_waits_for_ends(
@@ -147,7 +235,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_byte(
 ) -> None:
     with pytest.raises(StageError, match=rf"{tmp_path}: needs {2**60} bytes, \d+ are free on the"):
         check_room(tmp_path, 2**60)
-    monkeypatch.setattr("pipeline.checkpoint.convert.planned_bytes", lambda *_: 2**58)
+    monkeypatch.setattr("pipeline.checkpoint.convert.planned_sizes", lambda *_: [2**58] * 4)
     with pytest.raises(StageError, match=rf"needs {2**60} bytes"):
         convert_checkpoint(source, tmp_path, tp=2, pp=2, progress=SilentProgress())
     assert not list(tmp_path.iterdir())
@@ -159,11 +247,11 @@ def test_layers_are_read_in_file_order(tmp_path: Path, monkeypatch: pytest.Monke
     layers: list[str] = []
     blocks = CheckpointReader.row_blocks
 
-    def recording(self: CheckpointReader, name: str) -> object:
+    def recording(self: CheckpointReader, name: str, *rest: object, **more: object) -> object:
         layer = name.split(".")[2] if ".layers." in name else name
         if layers[-1:] != [layer]:
             layers.append(layer)
-        return blocks(self, name)
+        return blocks(self, name, *rest, **more)
 
     monkeypatch.setattr(CheckpointReader, "row_blocks", recording)
     (tmp_path / "out").mkdir()

@@ -52,7 +52,7 @@ def test_onnxruntime_takes_every_target(name: str) -> None:
     "name", ["a100-80gb", "a10", "rtx3090", "rtx4090", "l4", "l40s", "rtx5090"]
 )
 def test_tensorrt_rtx_takes_what_it_can_compile_for(name: str) -> None:
-    assert BACKENDS["tensorrt_rtx"].can_target(TARGETS[name], "W4A16_AWQ") is None
+    assert BACKENDS["tensorrt_rtx"].can_target(TARGETS[name], ["int4_awq"]) is None
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,12 @@ def test_tensorrt_rtx_names_the_backend_for_other_gpus(name: str, sm: int, other
 def test_turing_has_no_int4() -> None:
     turing = Target("t4", 75, 16 * 1024**3, 320e9)
     assert BACKENDS["tensorrt_rtx"].can_target(turing) is None
-    problem = BACKENDS["tensorrt_rtx"].can_target(turing, "W4A16_AWQ")
+    problem = BACKENDS["tensorrt_rtx"].can_target(turing, ["fp16", "int4_awq"])
     assert problem is not None
-    assert problem.what == "t4 (SM75) has no int4 weight kernels in TensorRT-RTX"
-    assert problem.fix == "quantize.format: fp16"
+    assert problem.what == (
+        "int4_awq for t4 (SM75): TensorRT-RTX has no int4 weight kernels below SM80"
+    )
+    assert problem.fix == "quantize.format fp16, int8_wo, or build.backend: onnxruntime"
 
 
 @pytest.mark.parametrize("head_size", [8, 12, 100, 264])
@@ -147,30 +149,16 @@ def test_a_refused_target_writes_nothing(tmp_path: Path) -> None:
     checkpoint = write_random_rank(tmp_path / "checkpoint", quantized=False)
     request = work("tensorrt_rtx", checkpoint, tmp_path / "engine", "h100-80gb")
     with pytest.raises(PlanError, match="cannot compile for h100-80gb"):
-        BACKENDS["tensorrt_rtx"].build_rank(
-            request.engine_dir,
-            checkpoint,
-            0,
-            TARGETS["h100-80gb"],
-            LIMITS,
-            tmp_path / "log",
-            SilentProgress(),
-        )
+        BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
     assert list((tmp_path / "engine").iterdir()) == []
 
 
 def test_tensorrt_rtx_wants_more_than_one_token_per_call(tmp_path: Path) -> None:
     checkpoint = write_random_rank(tmp_path / "checkpoint", quantized=False)
+    limits = BuildLimits(max_batch_size=1, max_seq_len=8, max_input_len=1)
+    request = WorkerRequest("tensorrt_rtx", checkpoint, tmp_path, 0, "l4", limits)
     with pytest.raises(PlanError) as caught:
-        BACKENDS["tensorrt_rtx"].build_rank(
-            tmp_path,
-            checkpoint,
-            0,
-            TARGETS["l4"],
-            BuildLimits(max_batch_size=1, max_seq_len=8, max_input_len=1),
-            tmp_path / "log",
-            SilentProgress(),
-        )
+        BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
     assert str(caught.value) == (
         "build limits: max_input_len is 1: TensorRT-RTX would not fuse attention; allowed: 2 or more"
     )
@@ -181,16 +169,9 @@ def test_a_missing_compiler_is_a_tool_error(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     checkpoint = write_random_rank(tmp_path / "checkpoint", quantized=False)
+    request = WorkerRequest("tensorrt_rtx", checkpoint, tmp_path, 0, "rtx4090", LIMITS)
     with pytest.raises(ToolError, match=r"cannot be loaded.*pip install 'trtpipe\[rtx\]'"):
-        BACKENDS["tensorrt_rtx"].build_rank(
-            tmp_path,
-            checkpoint,
-            0,
-            TARGETS["rtx4090"],
-            LIMITS,
-            tmp_path / "log",
-            SilentProgress(),
-        )
+        BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
 
 
 def test_the_engine_config_has_the_known_sections(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_config_lists_all_its_problems() -> None:
         "rotary_scaling": {"rope_type": "yarn", "factor": 2.0},
         "qk_layernorm": True,
         "mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1},
-        "quantization": {"quant_algo": "W8A16", "kv_cache_quant_algo": "FP8"},
+        "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"},
     }
     with pytest.raises(CheckpointError) as caught:
         read_spec(config, "config.json")
@@ -96,7 +96,8 @@ def test_a_config_lists_all_its_problems() -> None:
         "config.json: quantization: kv_cache_quant_algo is 'FP8'; allowed: null",
         "config.json: mapping.world_size is 2; allowed: 1: tp and pp are not built yet",
         "config.json: max_position_embeddings is None; allowed: an integer, 1 or more",
-        "config.json: quantization: quant_algo is 'W8A16'; allowed: null, W4A16_AWQ, W4A16_GPTQ",
+        "config.json: quantization: quant_algo is 'NVFP4'; allowed: null, W4A16_AWQ, W4A16_GPTQ, "
+        "W4A8_AWQ, FP8, W8A8_SQ_PER_CHANNEL, W8A16, MIXED_PRECISION",
         "config.json: residual_mlp is True; allowed: False",
         "config.json: hidden_act is missing; allowed: silu, swiglu",
         "config.json: qk_layernorm is True; allowed: False",
@@ -115,7 +116,7 @@ def test_a_config_lists_all_its_problems() -> None:
         ("num_key_value_heads", "2", "num_key_value_heads is '2'; allowed: an integer, 1 or more"),
         (
             "quantization",
-            {"group_size": 0},
+            {"quant_algo": "W4A16_AWQ", "group_size": 0},
             "quantization: group_size is 0; allowed: an integer, 1 or more",
         ),
         ("norm_epsilon", -1e-5, "norm_epsilon is -1e-05; allowed: a number above 0"),
@@ -216,7 +217,7 @@ def test_groups_must_divide(int4_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         export(tmp_path / "checkpoint", tmp_path / "out")
     assert len(caught.value.problems) == 10
-    assert "int4 groups of 96 do not divide 256 inputs" in str(caught.value)
+    assert "256 inputs are not a multiple of 96, as int4_awq needs" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [1e6, np.inf, np.nan])

@@ -93,7 +93,11 @@ def prove(built: Built, plan: Path) -> None:
 
 def test_an_int4_engine_is_fused_and_holds_every_weight(int4: Built) -> None:
     facts = int4.facts
-    assert (facts.num_fused_int4, facts.num_unfused_int4, facts.num_fused_attention) == (10, 0, 2)
+    assert (facts.num_fused_quantized, facts.num_unfused_quantized, facts.num_fused_attention) == (
+        10,
+        0,
+        2,
+    )
     # All in the checkpoint, less the two pre-quant scales of ones, plus two rotary tables.
     assert len(read_rank(int4.checkpoint)) == 37
     assert facts.num_proven_tensors == 37
@@ -105,7 +109,11 @@ def test_an_int4_engine_is_fused_and_holds_every_weight(int4: Built) -> None:
 
 def test_an_fp16_engine_holds_every_weight(fp16: Built) -> None:
     facts = fp16.facts
-    assert (facts.num_fused_int4, facts.num_unfused_int4, facts.num_fused_attention) == (0, 0, 2)
+    assert (facts.num_fused_quantized, facts.num_unfused_quantized, facts.num_fused_attention) == (
+        0,
+        0,
+        2,
+    )
     assert facts.num_proven_tensors == len(read_rank(fp16.checkpoint)) + 2
     assert facts.proven_bytes is not None
     assert facts.proven_bytes / facts.weight_bytes > 0.99
@@ -121,7 +129,7 @@ def test_every_compute_capability_of_the_support_table(
     built = build(quantized, tmp_path, target)
     assert read_header(built.plan).sms == (sm,)
     assert built.facts.num_fused_attention == 2
-    assert built.facts.num_fused_int4 == (10 if quantized else 0)
+    assert built.facts.num_fused_quantized == (10 if quantized else 0)
 
 
 def test_the_header_names_the_target(tmp_path: Path) -> None:
@@ -263,4 +271,4 @@ def test_a_single_group_is_counted_as_unfused(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     facts = BuildFacts.from_json(facts_path(engine_dir, 0).read_text())
     # proj has 512 inputs, two groups; the other four linears of each layer have one.
-    assert (facts.num_fused_int4, facts.num_unfused_int4) == (2, 8)
+    assert (facts.num_fused_quantized, facts.num_unfused_quantized) == (2, 8)

@@ -78,7 +78,13 @@ def test_a_listing_is_read_to_its_end() -> None:
     listing = f"Layers:\n{product}\n{signal}\n\nI/O Tensors:\n Name: x, IOMode: Input\nName: z"
     assert parse_listing(listing, "log") == [
         CompiledLayer(
-            "__myl_Fc_1", "runtime_fusion", ("x",), ("y",), ("Int4", "Half"), ("a.b", "c")
+            "__myl_Fc_1",
+            "runtime_fusion",
+            ("x",),
+            ("y",),
+            ("Int4", "Half"),
+            ("a.b", "c"),
+            ("Half",),
         ),
         CompiledLayer("s", "signal", (), (), (), ()),
     ]

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.convert import convert_checkpoint
 from pipeline.engine import BuildFacts, WorkerRequest, facts_path
 from pipeline.errors import ExitCode
 from pipeline.network import BuildLimits
+from pipeline.progress import SilentProgress
 from tests.family_checkpoints import random_model, write_checkpoint
+from tests.modelopt_exports import export_unified
 from tests.rank_checkpoints import read_rank
 
 pytestmark = [
@@ -103,7 +106,7 @@ def _run(request: WorkerRequest, prelude: str = "") -> subprocess.CompletedProce
 def _check(facts: BuildFacts, checkpoint: Path, name: str, group_size: int | None) -> None:
     _, _, num_int4, num_attention = MODELS[name]
     num_int4 = 0 if group_size is None else num_int4 * NUM_LAYERS
-    assert (facts.num_fused_int4, facts.num_unfused_int4) == (num_int4, 0)
+    assert (facts.num_fused_quantized, facts.num_unfused_quantized) == (num_int4, 0)
     assert facts.num_fused_attention == num_attention
     assert facts.proven_bytes is not None
     assert facts.num_proven_tensors is not None
@@ -136,6 +139,33 @@ def test_fp16(tmp_path: Path, name: str) -> None:
 def test_other_targets(tmp_path: Path, name: str, target: str) -> None:
     facts, checkpoint = _build(tmp_path, name, GROUP_SIZE, target)
     _check(facts, checkpoint, name, GROUP_SIZE)
+
+
+# Architecture -> int4 products of a layer, and attentions that become one kernel.
+CONVERTED = {
+    "MixtralForCausalLM": (2 + 2 * 4, 2),
+    "Gemma2ForCausalLM": (5, 0),
+    "GPT2LMHeadModel": (4, 2),
+    "GPTNeoXForCausalLM": (4, 2),
+    "FalconForCausalLM": (4, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CONVERTED)
+def test_what_modelopt_quantized(tmp_path: Path, architecture: str) -> None:
+    """From ModelOpt's unified layout through our converter: its pre-quant scales are on every linear."""
+    exports = export_unified(tmp_path, architecture, "int4_awq")
+    checkpoint, engine_dir = tmp_path / "checkpoint", tmp_path / "engine"
+    checkpoint.mkdir()
+    engine_dir.mkdir()
+    convert_checkpoint(exports.unified, checkpoint, tp=1, pp=1, progress=SilentProgress())
+    done = _run(WorkerRequest("tensorrt_rtx", checkpoint, engine_dir, 0, "rtx4090", LIMITS))
+    assert done.returncode == 0, done.stderr
+    facts = BuildFacts.from_json(facts_path(engine_dir, 0).read_text())
+    num_int4, num_attention = CONVERTED[architecture]
+    assert (facts.num_fused_quantized, facts.num_unfused_quantized) == (2 * num_int4, 0)
+    assert facts.num_fused_attention == num_attention
 
 
 def test_heads_without_a_kernel_are_refused_before_compiling(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,14 +14,20 @@ from safetensors.numpy import load_file, save_file
 from pipeline.checkpoint.convert import convert_checkpoint
 from pipeline.checkpoint.describe import TensorEntry, group_tensors, ranges
 from pipeline.cli import main
+from pipeline.config import load_config
 from pipeline.engine import write_engine_config
 from pipeline.errors import CheckpointError
 from pipeline.network import export_network
 from pipeline.network.limits import BuildLimits
+from pipeline.plan import make_plan
 from pipeline.progress import SilentProgress
 from pipeline.show import contents_text, describe
+from pipeline.workspace import Workspace
+from tests.build_config import write_build
 from tests.foreign_checkpoints import write_foreign
 from tests.tiny import write_tiny_llama
+from tests.tiny_models import write_tiny
+from tests.tiny_text import write_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +335,53 @@ def test_experts_and_odd_shapes_are_grouped() -> None:
     assert (same.pattern, same.count) == ("layers.{0-2}.experts.{0-1, 3}.w1.weight", 9)
     assert (other.pattern, other.shape) == ("layers.1.experts.2.w1.weight", (5, 2))
     assert ranges([7, 2, 0, 1]) == "0-2, 7"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "notes"),
+    [
+        ("GPTNeoXForCausalLM", {"intermediate_size": 384}, []),
+        (
+            "GPTNeoXForCausalLM",
+            {"layer_norm_eps": 1e-6},
+            [
+                "intermediate_size 160: TensorRT-LLM's GPT-NeoX always has 4 x hidden_size and does not "
+                "fit these weights",
+                "norm_epsilon 1e-06: TensorRT-LLM computes every norm of GPT-NeoX with 1e-05, so its "
+                "logits are slightly different",
+            ],
+        ),
+        ("FalconForCausalLM", {}, []),
+        (
+            "FalconForCausalLM",
+            {"layer_norm_epsilon": 1e-6},
+            [
+                "norm_epsilon 1e-06: TensorRT-LLM computes the last norm of Falcon, and without "
+                "parallel attention that of the MLP, with 1e-05, so its logits are slightly different",
+            ],
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"head_dim": 32, "rope_scaling": None},
+            [
+                "head_size 32: TensorRT-LLM's Phi-3 takes hidden_size / num_attention_heads and does "
+                "not fit these weights",
+            ],
+        ),
+        ("LlamaForCausalLM", {"head_dim": 32, "rms_norm_eps": 1e-3}, []),
+    ],
+)
+def test_what_tensorrt_llm_would_not_read_is_noted(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], notes: list[str]
+) -> None:
+    """In `show` of a checkpoint, and in the plan of one that is made for another tool."""
+    weights = write_tiny(architecture, tmp_path / "weights", num_hidden_layers=1, **changes)
+    (tmp_path / "out").mkdir()
+    convert_checkpoint(weights, tmp_path / "out", tp=1, pp=1, progress=SilentProgress())
+    assert list(describe(tmp_path / "out").notes) == notes
+    write_tiny_tokenizer(weights)
+    workspace = Workspace(tmp_path)
+    for backend, expected in (("none", notes), ("onnxruntime", [])):
+        config = write_build(tmp_path, build={"backend": backend})
+        plan = make_plan(load_config(config), workspace.store, workspace.digests())
+        assert list(plan.notes) == expected

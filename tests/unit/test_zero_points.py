@@ -78,7 +78,11 @@ def test_the_int4_products_stay_fused_and_every_correction_is_proved(
     done = run(request)
     assert done.returncode == 0, done.stderr
     facts = BuildFacts.from_json(facts_path(tmp_path / "engine", 0).read_text())
-    assert (facts.num_fused_int4, facts.num_unfused_int4, facts.num_fused_attention) == (10, 0, 2)
+    assert (facts.num_fused_quantized, facts.num_unfused_quantized, facts.num_fused_attention) == (
+        10,
+        0,
+        2,
+    )
     assert facts.proven_bytes is not None
     assert facts.proven_bytes / facts.weight_bytes > 0.99
 

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.checkpoint.importers.fields import QuantFields
 from pipeline.checkpoint.importers.packing import AWQ_GEMM
 from pipeline.checkpoint.importers.repacked import Layout
+from pipeline.models.plain_modules import PlainModules
 
 METHOD = "awq"
 
@@ -21,7 +22,9 @@ _VERSIONS = {
 }
 
 
-def awq_layout(quantization: Mapping[str, Any], where: str, *, requantize: bool) -> Layout:
+def awq_layout(
+    quantization: Mapping[str, Any], where: str, plain: PlainModules, *, requantize: bool
+) -> Layout:
     """How an AutoAWQ checkpoint stores its linears, from `quantization_config`.
 
     Raises:
@@ -30,7 +33,7 @@ def awq_layout(quantization: Mapping[str, Any], where: str, *, requantize: bool)
     fields = QuantFields(quantization, where)
     fields.only("bits", 4)
     fields.choice("version", _VERSIONS, "gemm")
-    fields.left_alone("modules_to_not_convert")
+    fields.left_alone("modules_to_not_convert", plain)
     layout = Layout(
         packing=AWQ_GEMM,
         group_size=fields.group_size(),

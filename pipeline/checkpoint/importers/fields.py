@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import CheckpointError, Problem
+from pipeline.models.plain_modules import PlainModules
 from pipeline.quant.formats import GROUP_SIZES
 
-# What every quantizer leaves alone. Anything else means that layers differ, which no table describes.
 LEFT_ALONE = ("lm_head", "model.embed_tokens")
+"""What every quantizer leaves alone."""
 
 
 class QuantFields:
@@ -58,14 +59,17 @@ class QuantFields:
             return GROUP_SIZES[0]
         return int(value)
 
-    def left_alone(self, name: str) -> None:
-        """The field that names modules which are not quantized."""
+    def left_alone(self, name: str, plain: PlainModules) -> None:
+        """The field that lists parts of the names of modules which are not quantized.
+
+        Linears among them would mean that layers differ, which no table describes.
+        """
         value = self._fields.get(name)
         names = value if isinstance(value, list) else [value] if value else []
-        others = [str(module) for module in names if module not in LEFT_ALONE]
+        others = [str(module) for module in names if not plain.has_all_with(str(module))]
         if others:
             what = f"{name} leaves layers unquantized: {', '.join(others)}"
-            self.refuse(what, ", ".join(LEFT_ALONE))
+            self.refuse(what, ", ".join(plain.names))
 
     def finish(self) -> None:
         """Raises CheckpointError if anything was refused."""
