@@ -1,4 +1,4 @@
-"""pipeline.quant.calibration and the tokenizer it is fed with."""
+"""pipeline.quant.data and the tokenizer it is fed with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import CheckpointError, PlanError
-from pipeline.quant.calibration import load_texts, token_windows
+from pipeline.quant.data import load_texts, token_windows
 from pipeline.quant.source import SourceTokenizer
 from tests.tiny_text import made_up_texts, write_tiny_tokenizer
 
@@ -65,8 +65,10 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_another_suffix_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"suffix '\.csv'; allowed: \.txt, \.jsonl"):
-        load_texts(tmp_path / "data.csv")
+    with pytest.raises(
+        PlanError, match=r"suffix '\.md'; allowed: \.txt, \.jsonl, \.csv, \.parquet"
+    ):
+        load_texts(tmp_path / "data.md")
 
 
 @pytest.mark.parametrize("content", ["", " \n\n", "<|endoftext|>\n<|endoftext|>"])
@@ -214,7 +216,7 @@ def test_a_broken_tokenizer_is_an_error(tmp_path: Path, content: str) -> None:
 
 def test_reading_text_needs_no_heavy_import() -> None:
     code = (
-        "import sys, pipeline.quant.calibration, pipeline.quant.quantizer, pipeline.verification;"
+        "import sys, pipeline.quant.data, pipeline.quant.quantizer, pipeline.verification;"
         "assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
