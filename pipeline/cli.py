@@ -34,18 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
             return int(options.handler(options))
     except PipelineError as error:
-        from pipeline.console import print_error
-
-        print_error(error)
-        if "--json" in typed:
-            _print_json(error_to_json(error))
-        return int(error.exit_code)
+        return _report(error, as_json="--json" in typed)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:  # `trtpipe plan | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.DONE)
+    except OSError as error:
+        from pipeline.disk import disk_error
+
+        known = disk_error(error)
+        if known is None:
+            raise
+        return _report(known, as_json="--json" in typed)
+
+
+def _report(error: PipelineError, *, as_json: bool) -> int:
+    from pipeline.console import print_error
+
+    print_error(error)
+    if as_json:
+        _print_json(error_to_json(error))
+    return int(error.exit_code)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "run", _run, "make what is missing and publish engine and model repository"
     )
     _add_build_verb(verbs, "explain", _explain, "say field by field why each stage would run")
+    _add_build_verb(verbs, "data", _data, "look at the calibration data before it is used")
     for name, handler, text in (
         ("show", _show, "what a published engine or any checkpoint or engine directory holds"),
         ("verify", _verify, "check every published file and show the quality report"),
@@ -96,10 +108,20 @@ def _add_verb(
     verbs: Any, name: str, handler: _Handler, text: str, subject: str
 ) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
-    verb.add_argument("subject", metavar=subject, type=Path)
+    verb.add_argument("subject", metavar=subject, type=_path)
     verb.add_argument("--json", action="store_true", help="one JSON document on standard output")
     verb.set_defaults(handler=handler)
     return verb
+
+
+def _path(text: str) -> Path:
+    """A path of the command line, where `~` is the shell's to expand."""
+    from pipeline.links import possible_path
+
+    try:
+        return possible_path(text, home=False)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_build_verb(verbs: Any, name: str, handler: _Handler, text: str) -> None:
@@ -199,6 +221,17 @@ def _explain(options: argparse.Namespace) -> int:
         print(f"{stage}: {'up to date' if not lines else 'would run'}")
         for line in lines:
             print(f"    {line}")
+    return int(ExitCode.DONE)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from pipeline.data_page import look_at_data, page_text
+
+    page = look_at_data(_load(options), _workspace())
+    if options.json:
+        _print_json(page.to_json())
+    else:
+        print(page_text(page))
     return int(ExitCode.DONE)
 
 

@@ -11,8 +11,17 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline import strict_yaml
+from pipeline.calibration_config import (
+    BUNDLED,
+    HUB_FILE_TAG,
+    PATH_TAG,
+    CalibrationConfig,
+    HubFile,
+    refuse_two_columns,
+)
+from pipeline.calibration_config import Section as _Section
 from pipeline.errors import ConfigError, Problem
-from pipeline.links import resolved
+from pipeline.links import possible_path, resolved
 from pipeline.names import BUILD_NAME, MODEL_NAME
 from pipeline.strict_yaml import Document, KeyPath, Location
 from pipeline.targets import TARGETS
@@ -24,15 +33,6 @@ AlgorithmName = Literal["awq", "awq_clip", "gptq", "rtn", "smoothquant", "max"]
 BackendName = Literal["onnxruntime", "tensorrt_rtx", "none"]
 """`none` ends with the converted checkpoint, for trtllm-build or another tool."""
 LaunchMode = Literal["sequential", "mpirun"]
-
-BUNDLED = "bundled"
-"""Instead of a path: the text that ships with the demo model."""
-
-
-class _Section(BaseModel):
-    """Strict and immutable: no unknown key, no silent conversion."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DemoSource(_Section):
@@ -73,15 +73,6 @@ ModelSource = Annotated[
 ]
 
 
-class CalibrationConfig(_Section):
-    """Which text the quantizer sees, and how much of it."""
-
-    data: str = BUNDLED
-    num_samples: Annotated[int, Field(ge=1, le=65536)] = 64
-    seq_len: Annotated[int, Field(ge=8, le=131072)] = 256
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 16
-
-
 class QuantizeConfig(_Section):
     """Weight format of the engine. A checkpoint that has it already is not quantized again."""
 
@@ -94,15 +85,21 @@ class QuantizeConfig(_Section):
     ModelOpt's own passes over the tokens, which average such scales when they export."""
     kv_cache: Literal["fp16", "fp8", "int8"] = "fp16"
     """Scales for a quantized KV cache; the engines built here keep theirs in fp16."""
-    keep: tuple[str, ...] = ()
+    keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Linears that stay fp16: their Hugging Face names, * stands for anything."""
     budget: str | None = None
     """With format mixed: mean bits per weight of the decoder layers' linears, such as "4.5 bits"."""
+    sensitivity: Literal["layer", "output", "kl"] = "layer"
+    """By what mixed formats are chosen: the error behind the layer, of the linears' outputs (fewer
+    passes), or of the logits (small models)."""
     asymmetric: Literal["keep", "requantize"] = "keep"
     """What becomes of zero points that a quantized checkpoint brings: kept exactly, or rounded away."""
     calibration: CalibrationConfig = CalibrationConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the quantizer computes; its sums, and so some last bits, depend on it."""
+    max_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """That activations between layers may count on; None: what is free. More go to disk. It changes
+    no result."""
 
 
 class MappingConfig(_Section):
@@ -154,9 +151,18 @@ class VerifyConfig(_Section):
     """Held-out text and limits of the comparison."""
 
     data: str = BUNDLED
+    column: Annotated[str, Field(min_length=1)] | None = None
+    """As for calibration."""
+    messages: Annotated[str, Field(min_length=1)] | None = None
+    """As for calibration."""
     num_windows: Annotated[int, Field(ge=1)] = 64
     seq_len: Annotated[int, Field(ge=8, le=131072)] = 256
     gates: GatesConfig = GatesConfig()
+
+    @model_validator(mode="after")
+    def _columns_agree(self) -> VerifyConfig:
+        refuse_two_columns(self.column, self.messages)
+        return self
 
 
 class ServeConfig(_Section):
@@ -263,11 +269,14 @@ class LoadedConfig(BaseModel):
     def resolve(self, path: str, *keys: str) -> Path:
         """A path of the YAML as an absolute one; relative paths start at the file that has the key.
 
-        Never raises: a link that leads in a circle stays what it is, for the reader to report.
+        A link that leads in a circle stays what it is, for the reader to report.
+
+        Raises:
+            ConfigError: no file can have this path.
         """
         location = self.lines.get(".".join(keys))
         base = Path(location.rpartition(":")[0]).parent if location else self.path.parent
-        return resolved(base / Path(path).expanduser())
+        return resolved(base / _possible(path, self.where(*keys)))
 
 
 def load_config(path: Path) -> LoadedConfig:
@@ -291,6 +300,13 @@ def load_config(path: Path) -> LoadedConfig:
     return LoadedConfig(config=config, path=resolved(shown_path), lines=lines)
 
 
+def _possible(path: str, where: str) -> Path:
+    try:
+        return possible_path(path)
+    except ValueError as error:
+        raise ConfigError(Problem(where, str(error))) from None
+
+
 def _load_merged(path: Path, chain: tuple[Path, ...]) -> Document:
     real_path = resolved(path)
     if real_path in chain:
@@ -303,7 +319,7 @@ def _load_merged(path: Path, chain: tuple[Path, ...]) -> Document:
     where = document.locations[("extends",)]
     if not isinstance(parent_name, str):
         raise ConfigError(Problem(f"{where}: extends", f"{parent_name!r} is not a path"))
-    parent_path = path.parent / parent_name
+    parent_path = path.parent / _possible(parent_name, f"{where}: extends")
     if not parent_path.is_file():
         raise ConfigError(Problem(f"{where}: extends", f"no such file: {parent_path}"))
     parent = _load_merged(parent_path, (*chain, real_path))
@@ -347,6 +363,8 @@ def _problem(detail: dict[str, Any], document: Document, path: Path) -> Problem:
         return Problem(
             where, f"{value!r} is not a section", "`key: value` lines", "or leave it out"
         )
+    if kind == "tuple_type":
+        return Problem(where, f"{value!r} is not a list", f"[{value!r}]")
     if kind == "missing":
         return Problem(where, "is missing", fix=f"add `{loc[-1]}:`")
     if kind in ("literal_error", "union_tag_invalid", "enum"):
@@ -368,9 +386,11 @@ def _pattern_help(key: str, context: dict[str, Any]) -> tuple[str, str]:
     if key == "revision":
         return (
             "the 40 hexadecimal digits of a commit",
-            "take it from the model's page, Files, History: a branch name moves",
+            "take it from its page on the Hub, Files, History: a branch name moves",
         )
-    if key == "id":
+    if key == "file":
+        return "the path of one file within the dataset, such as data/train.parquet", ""
+    if key in ("id", "hub"):
         return "owner/name, as on the Hub", ""
     return str(context["pattern"]), ""
 
@@ -393,16 +413,15 @@ def _fields_at(loc: list[str | int]) -> set[str]:
         get_args(member.model_fields["source"].annotation)[0]: member
         for member in (DemoSource, HubSource, DirectorySource, SyntheticSource)
     }
+    candidates[HUB_FILE_TAG] = HubFile
     for part in loc:
-        if section is Config and part == "model":
-            continue
         if str(part) in candidates:
             section = candidates[str(part)]
             continue
         annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
+        if isinstance(annotation, type):  # else a union, whose tag comes next
+            assert issubclass(annotation, BaseModel)
+            section = annotation
     extra = {"extends"} if section is Config else set()
     return set(section.model_fields) | extra
 
@@ -414,7 +433,7 @@ def _real_path(loc: Iterable[str | int], data: Any) -> KeyPath:
     for i, part in enumerate(parts):
         present = isinstance(data, dict) and part in data
         tag = isinstance(data, dict) and data.get("source") == part and i < len(parts) - 1
-        if tag and not present:
+        if (tag and not present) or part in (PATH_TAG, HUB_FILE_TAG):
             continue
         path.append(part)
         data = data[part] if present else None

@@ -56,11 +56,16 @@ def differences(action: Action, stored: dict[str, Any]) -> list[str]:
     """Field by field, how an action differs from a stored one: "config.group_size: 128 -> 64"."""
     old, new = _flat(stored), _flat(action.fields())
     lines = []
-    for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name):
-            before, after = old.get(name, "absent"), new.get(name, "absent")
-            lines.append(f"{name}: {_short(before)} -> {_short(after)}")
+    for name in changed_fields(action, stored):
+        before, after = old.get(name, "absent"), new.get(name, "absent")
+        lines.append(f"{name}: {_short(before)} -> {_short(after)}")
     return lines
+
+
+def changed_fields(action: Action, stored: dict[str, Any]) -> list[str]:
+    """Names of the fields in which an action differs from a stored one: "config.group_size"."""
+    old, new = _flat(stored), _flat(action.fields())
+    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -73,7 +73,7 @@ class DigestCache:
 def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

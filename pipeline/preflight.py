@@ -4,42 +4,56 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.checkpoint import mapping_problems, planned_bytes, read_config
+from pipeline.checkpoint import mapping_problems, read_config
+from pipeline.checkpoint.layout import planned_sizes
 from pipeline.checkpoint.padding import padded_shape
 from pipeline.checkpoint.source import Declared, open_files
+from pipeline.checkpoint.trtllm_config import trtllm_config
 from pipeline.config import HubSource, LoadedConfig
 from pipeline.engine import BACKENDS
 from pipeline.errors import CheckpointError, PipelineError, PlanError, Problem
 from pipeline.models import ARCHITECTURES, ModelShape, shape_from_hf
-from pipeline.parallel import mappings
-from pipeline.quant.calibration import load_texts
-from pipeline.quant.formats import FORMATS, QuantFormat
+from pipeline.models.upstream import upstream_notes
+from pipeline.parallel import Mapping, mappings
+from pipeline.quant.choose import MAX_BUDGET, budget_bits, model_format, split_groups
+from pipeline.quant.formats import FORMATS, MIXED, KvCache, QuantFormat
 from pipeline.quant.preflight import dtype_problems
 from pipeline.quant.source import missing_tokenizer, open_original, open_plain_checkpoint
 from pipeline.stages.build import build_limits
 from pipeline.stages.fetch import local_directory, no_checkpoint
-from pipeline.stages.source_format import format_problems, quantized_source
-from pipeline.stages.texts import calibration_path, heldout_path
+from pipeline.stages.quantize_problems import (
+    calibration_problems,
+    keep_problems,
+    kv_cache_problems,
+    mix_problems,
+    quantize_problems,
+    tensorrt_llm_notes,
+)
+from pipeline.stages.source_format import SourceFormat, format_problems
+from pipeline.stages.texts import comparison_notes, text_problems
 from pipeline.targets import TARGETS
 from pipeline.weights import model_shape_fields
 
-_KV_BYTES = 2  # the GPU's cache is fp16
+_KV_BYTES = {"fp16": 2, "fp8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Sizes of a build, in bytes; exact unless the name says otherwise.
+    """Sizes of a build, in bytes.
 
     Attributes:
         source_bytes: tensors of the original checkpoint; None before it is fetched.
         rank_bytes: TensorRT-LLM checkpoint file of each rank.
-        kv_bytes_per_token: KV cache of one token on the fullest rank, fp16.
+        kv_bytes_per_token: KV cache of one token on the fullest rank.
         kv_bytes: KV cache of one rank for the configured batch and length.
         target_bytes: memory of the target GPU.
+        exact: whether rank_bytes are; otherwise formats are still to be chosen, and they follow from
+            the budget.
+        kv_cache: what the cache holds.
     """
 
     shape: ModelShape
@@ -48,6 +62,8 @@ class Forecast:
     kv_bytes_per_token: int
     kv_bytes: int
     target_bytes: int
+    exact: bool = True
+    kv_cache: KvCache = "fp16"
 
     @property
     def free_bytes(self) -> int:
@@ -76,15 +92,17 @@ class Preflight:
     notes: tuple[str, ...] = ()
 
 
-def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
+def check(loaded: LoadedConfig, source_dir: Path | None, source: SourceFormat) -> Preflight:
     """Check config, model and weights against each other.
 
     Args:
         source_dir: the original checkpoint where it can be read already; None before a download.
+        source: what is known of its format.
     """
     problems = []
+    declared = source.declared
     if not loaded.converts_only:
-        problems += [*_rank_problems(loaded), *_target_problems(loaded)]
+        problems += [*_rank_problems(loaded), *_target_problems(loaded, declared)]
     local = local_directory(loaded)
     if local is not None and not (local / "config.json").is_file():
         return Preflight(tuple(problems), (no_checkpoint(local),), None)
@@ -93,36 +111,66 @@ def check(loaded: LoadedConfig, source_dir: Path | None) -> Preflight:
     try:
         fields = model_shape_fields(loaded) if source_dir is None else read_config(source_dir)
         shape = shape_from_hf(fields)
-        declared = quantized_source(loaded)
+        source.raise_problems()
     except CheckpointError as error:
         return Preflight(tuple(problems), error.problems, None)
     except PlanError as error:
         return Preflight((*problems, *error.problems), (), None)
-    problems += format_problems(loaded, declared, shape.architecture)
-    if not loaded.converts_only:
-        problems += [*_length_problems(loaded, shape), *_head_problems(loaded, shape)]
-    mapping = loaded.config.mapping
-    fmt = _format(loaded)
+    fmt, to_choose = _format(loaded, shape, declared), _is_to_choose(loaded, declared)
+    # Any linear may become int4 while formats are not chosen yet.
+    cut = _int4(loaded) if to_choose else fmt
     # A format that the architecture does not have has no layout, so nothing to cut or weigh.
     exists = fmt.name in ARCHITECTURES[shape.architecture].formats
-    if exists and mapping.pad_ffn:
-        shape = padded_shape(shape, fmt, mapping.tp)
-    cuts = []
-    if exists:
-        cuts = mapping_problems(shape, fmt, mapping.tp, mapping.pp, mapping.moe_ep)
-    problems += [_at_its_key(loaded, problem) for problem in cuts]
+    if exists and loaded.config.mapping.pad_ffn:
+        shape = padded_shape(shape, cut, loaded.config.mapping.tp)
+    cuts = list(_cut_problems(loaded, shape, cut)) if exists else []
+    problems += [*_shape_problems(loaded, shape, fmt, source, exists), *cuts]
     weights: tuple[Problem, ...] = ()
     if source_dir is not None:
         quantize = exists and declared is None and fmt.name != "fp16"
         weights = tuple(_weight_problems(source_dir, declared, quantize))
-    forecast = _forecast(loaded, shape, source_dir) if exists and not cuts else None
+    forecast = None
+    if exists and not cuts:
+        forecast = _forecast(loaded, shape, fmt, source_dir, to_choose)
     if forecast is not None:
         problems += _memory_problems(loaded, forecast)
-    problems += _text_problems(loaded)
-    return Preflight(tuple(problems), weights, forecast, tuple(_notes(loaded, shape)))
+    problems += text_problems(loaded, source_dir)
+    notes = (*_notes(loaded, shape, fmt), *comparison_notes(loaded))
+    return Preflight(tuple(problems), weights, forecast, notes)
 
 
-def _notes(loaded: LoadedConfig, shape: ModelShape) -> Iterator[str]:
+def _shape_problems(
+    loaded: LoadedConfig,
+    shape: ModelShape,
+    fmt: QuantFormat,
+    source: SourceFormat,
+    exists: bool,
+) -> Iterator[Problem]:
+    """What the YAML asks of a model of this shape; `exists`: the architecture has the format."""
+    yield from format_problems(loaded, source, shape.architecture)
+    if source.declared is None and exists:
+        yield from quantize_problems(loaded)
+        yield from calibration_problems(loaded, shape)
+        yield from keep_problems(loaded, shape)
+        yield from mix_problems(loaded, shape)
+    yield from kv_cache_problems(loaded, fmt)
+    if not loaded.converts_only:
+        yield from _length_problems(loaded, shape)
+        yield from _head_problems(loaded, shape)
+
+
+def _cut_problems(loaded: LoadedConfig, shape: ModelShape, fmt: QuantFormat) -> Iterator[Problem]:
+    mapping = loaded.config.mapping
+    for problem in mapping_problems(shape, fmt, mapping.tp, mapping.pp, mapping.moe_ep):
+        yield _at_its_key(loaded, problem)
+
+
+def _notes(loaded: LoadedConfig, shape: ModelShape, fmt: QuantFormat) -> Iterator[str]:
+    yield from tensorrt_llm_notes(loaded, fmt)
+    if loaded.converts_only:
+        mapping = loaded.config.mapping
+        config = trtllm_config(shape, FORMATS["fp16"], tp=mapping.tp, pp=mapping.pp)
+        yield from upstream_notes(config)
     scaling, max_seq_len = shape.rotary_scaling, loaded.config.build.max_seq_len
     if scaling is None or scaling.kind != "longrope":
         return
@@ -154,55 +202,80 @@ def _memory_problems(loaded: LoadedConfig, forecast: Forecast) -> Iterator[Probl
     )
 
 
-def _text_problems(loaded: LoadedConfig) -> Iterator[Problem]:
-    """Texts that cannot be read, before anything is calibrated or compared."""
-    texts: dict[tuple[str, ...], Path] = {}
-    if not loaded.converts_only:
-        texts["verify", "data"] = heldout_path(loaded)
-    if loaded.config.quantize.format != "fp16":
-        texts["quantize", "calibration", "data"] = calibration_path(loaded)
-    for keys, path in texts.items():
-        if path.is_file():  # the plan lists missing files
-            try:
-                load_texts(path)
-            except PipelineError as error:
-                yield from (
-                    replace(problem, where=f"{loaded.where(*keys)}: {problem.where}")
-                    for problem in error.problems
-                )
-
-
 def _shape_is_unknown(loaded: LoadedConfig) -> bool:
     model = loaded.config.model
     return isinstance(model, HubSource) and model.shape is None
 
 
-def _forecast(loaded: LoadedConfig, shape: ModelShape, source_dir: Path | None) -> Forecast:
+def _forecast(
+    loaded: LoadedConfig,
+    shape: ModelShape,
+    fmt: QuantFormat,
+    source_dir: Path | None,
+    to_choose: bool,
+) -> Forecast:
     config = loaded.config
     mapping = config.mapping
     ranks = mappings(mapping.tp, mapping.pp, mapping.moe_ep)
     # KV heads are repeated when there are fewer than ranks; the first stage has the most layers.
     heads = max(1, shape.num_kv_heads // mapping.tp)
     layers = math.ceil(shape.num_layers / mapping.pp)
-    per_token = 2 * layers * heads * shape.head_size * _KV_BYTES
+    per_token = 2 * layers * heads * shape.head_size * _KV_BYTES[fmt.kv_cache]
     return Forecast(
         shape=shape,
         source_bytes=_source_bytes(source_dir),
-        rank_bytes=tuple(planned_bytes(shape, _format(loaded), rank) for rank in ranks),
+        rank_bytes=_rank_bytes(loaded, shape, fmt, ranks, to_choose),
+        exact=not to_choose,
+        kv_cache=fmt.kv_cache,
         kv_bytes_per_token=per_token,
         kv_bytes=per_token * config.build.max_batch_size * config.build.max_seq_len,
         target_bytes=TARGETS[config.target].memory_bytes,
     )
 
 
-def _format(loaded: LoadedConfig) -> QuantFormat:
+def _format(loaded: LoadedConfig, shape: ModelShape, declared: Declared | None) -> QuantFormat:
     """Of the engine: what a quantized source has, else what the YAML asks for."""
-    declared = quantized_source(loaded)
     if declared is not None:
         return declared.format
     quantize = loaded.config.quantize
-    fmt = FORMATS[quantize.format]
-    return fmt if fmt.group_size is None else fmt.with_group_size(quantize.group_size)
+    if quantize.format == "fp16":
+        return FORMATS["fp16"]
+    return model_format(
+        shape,
+        format=quantize.format,
+        group_size=quantize.group_size,
+        kv_cache=quantize.kv_cache,
+        # What splits a group is a problem of its own, and has no layout.
+        keep=() if split_groups(shape, quantize.keep) else quantize.keep,
+    )
+
+
+def _is_to_choose(loaded: LoadedConfig, declared: Declared | None) -> bool:
+    """Whether the quantize stage chooses the format of each linear."""
+    return loaded.config.quantize.format == MIXED and declared is None
+
+
+def _int4(loaded: LoadedConfig) -> QuantFormat:
+    return FORMATS["int4_awq"].with_group_size(loaded.config.quantize.group_size)
+
+
+def _rank_bytes(
+    loaded: LoadedConfig,
+    shape: ModelShape,
+    fmt: QuantFormat,
+    ranks: Sequence[Mapping],
+    to_choose: bool,
+) -> tuple[int, ...]:
+    """Exact, or what a budget leaves of the linears' float16 weights."""
+    sizes = tuple(planned_sizes(shape, fmt, ranks))
+    if not to_choose:
+        return sizes
+    bits = budget_bits(loaded.config.quantize.budget or "") or MAX_BUDGET
+    halved = planned_sizes(shape, FORMATS["fp8"], ranks)  # one byte less for each weight
+    return tuple(
+        size - round((size - half) * (MAX_BUDGET - bits) / 8)
+        for size, half in zip(sizes, halved, strict=True)
+    )
 
 
 def _source_bytes(source_dir: Path | None) -> int | None:
@@ -226,9 +299,12 @@ def _rank_problems(loaded: LoadedConfig) -> Iterator[Problem]:
             )
 
 
-def _target_problems(loaded: LoadedConfig) -> Iterator[Problem]:
+def _target_problems(loaded: LoadedConfig, declared: Declared | None) -> Iterator[Problem]:
     backend = BACKENDS[loaded.config.build.backend]
-    problem = backend.can_target(TARGETS[loaded.config.target], _format(loaded).quant_algo)
+    formats: list[str] = [loaded.config.quantize.format]
+    if declared is not None:
+        formats = [part.name for part in declared.format.parts]
+    problem = backend.can_target(TARGETS[loaded.config.target], formats)
     if problem is not None:
         yield replace(problem, where=loaded.where("target"))
     problem = backend.limits_problem(build_limits(loaded))
@@ -242,7 +318,6 @@ def _length_problems(loaded: LoadedConfig, shape: ModelShape) -> Iterator[Proble
     for keys, value in (
         (("build", "max_seq_len"), config.build.max_seq_len),
         (("verify", "seq_len"), config.verify.seq_len),
-        (("quantize", "calibration", "seq_len"), config.quantize.calibration.seq_len),
     ):
         if value > limit:
             what = f"{value} is more than the model's max_position_embeddings"

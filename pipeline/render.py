@@ -42,6 +42,7 @@ def _forecast_json(sizes: Forecast) -> dict[str, Any]:
     return {
         "source_bytes": sizes.source_bytes,
         "rank_bytes": list(sizes.rank_bytes),
+        "rank_bytes_exact": sizes.exact,
         "kv_bytes_per_token": sizes.kv_bytes_per_token,
         "kv_bytes": sizes.kv_bytes,
         "target_bytes": sizes.target_bytes,
@@ -104,11 +105,18 @@ def _size_table(plan: Plan, sizes: Forecast) -> Table:
     table.add_column("note")
     source = "not fetched yet" if sizes.source_bytes is None else bytes_text(sizes.source_bytes)
     table.add_row("original tensors", source, "")
+    precision = "exact" if sizes.exact else "by the budget"
     for rank, size in enumerate(sizes.rank_bytes):
-        table.add_row(f"rank {rank} tensors", bytes_text(size), "TensorRT-LLM checkpoint, exact")
+        table.add_row(
+            f"rank {rank} tensors",
+            bytes_text(size),
+            f"TensorRT-LLM checkpoint, {precision}",
+        )
     per_token = f"{bytes_text(sizes.kv_bytes_per_token)} a token, batch {build.max_batch_size} x "
     table.add_row(
-        "KV cache", bytes_text(sizes.kv_bytes), f"{per_token}{build.max_seq_len} tokens, fp16"
+        "KV cache",
+        bytes_text(sizes.kv_bytes),
+        f"{per_token}{build.max_seq_len} tokens, {sizes.kv_cache}",
     )
     verdict = "fits" if sizes.free_bytes >= 0 else "[bold red]does not fit[/]"
     note = f"of {bytes_text(sizes.target_bytes)} on {plan.loaded.config.target}: {verdict}"
@@ -134,4 +142,5 @@ def print_manifest(directory: Path, manifest: Manifest, console: Console) -> Non
     console.print(table)
     for stage, facts in manifest.facts.items():
         for name, value in facts.items():
-            console.print(f"{stage}.{name}: {value}", markup=False)
+            for each in value if isinstance(value, list) else [value]:
+                console.print(f"{stage}.{name}: {each}", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any, Protocol
 
 from pipeline import __version__
 from pipeline.config import LoadedConfig
+from pipeline.disk import write_problem
 from pipeline.errors import PipelineError, Problem, StageError
+from pipeline.explain import changed_fields
 from pipeline.external import DigestCache
 from pipeline.plan import Plan, Step, external_files, make_plan
 from pipeline.progress import Progress
@@ -63,16 +66,22 @@ def run(loaded: LoadedConfig, workspace: Workspace, view: RunView) -> RunResult:
 
     Raises:
         PlanError, ToolError, CheckpointError: the plan has problems; nothing was started.
+        StageError: a directory cannot be written; nothing was started.
         PipelineError: a stage failed; nothing was published, its log is kept under failed/.
     """
     digests = workspace.digests()
     plan = _plan_with_keys(loaded, workspace, digests, view)
+    workspace.store.remove_dead_work()
     maker = _Maker(loaded, workspace, digests, view)
+    fetch = plan.step("fetch")
+    maker.make(fetch)
+    if maker.executed:
+        # Now the weights can be checked, before hours go by; they may be quantized already, too.
+        plan = make_plan(loaded, workspace.store, digests)
+        plan.raise_problems()
     for step in plan.steps:
-        maker.make(step)
-        if step.stage.name == "fetch" and maker.executed:
-            # Now the weights can be checked, before hours go by.
-            make_plan(loaded, workspace.store, digests).raise_problems()
+        if step.stage is not fetch.stage:
+            maker.make(step)
     published = _publish(loaded, workspace, maker.artifacts)
     return RunResult(
         engine_dir=workspace.engines_dir / loaded.config.name,
@@ -91,6 +100,7 @@ def _plan_with_keys(
     """Plan; read large external files once if that is what it takes to know the keys."""
     plan = make_plan(loaded, workspace.store, digests)
     plan.raise_problems()
+    _refuse_unwritable(loaded, workspace)
     if plan.unhashed_bytes:
         view.say(f"hashing {plan.unhashed_bytes / 1e9:.1f} GB of the original checkpoint, once")
         for path in external_files(loaded, plan.steps):
@@ -98,6 +108,16 @@ def _plan_with_keys(
         plan = make_plan(loaded, workspace.store, digests)
     digests.save()
     return plan
+
+
+def _refuse_unwritable(loaded: LoadedConfig, workspace: Workspace) -> None:
+    """Say before hours go by that the result could not be written."""
+    found = [write_problem(workspace.engines_dir) or write_problem(workspace.store.root)]
+    if not loaded.converts_only:
+        found.append(write_problem(workspace.repositories_dir))
+    problems = [problem for problem in found if problem is not None]
+    if problems:
+        raise StageError(problems)
 
 
 class _Maker:
@@ -147,10 +167,13 @@ class _Maker:
         started = time.monotonic()
         try:
             work_dir = self._store.new_work_dir(action)
-            facts = run_stage(name, self._loaded, inputs, work_dir, progress)
+            kept_dir = self._kept_dir(step, action)
+            facts = run_stage(name, self._loaded, inputs, work_dir, progress, kept_dir)
             self._refuse_changed_files()
             artifact = self._store.commit(action, work_dir, facts)
         except BaseException as error:  # Ctrl-C too: the unfinished directory goes, the log stays
+            if not step.stage.finished_parts(self._store.unfinished_dir(action)):
+                self._store.remove_unfinished(action)
             kept = self._store.keep_failure(action, _EVIDENCE)
             if isinstance(error, PipelineError):
                 self._view.say(f"log: {kept / LOG}")
@@ -159,12 +182,32 @@ class _Maker:
         self._view.stage_done(step, time.monotonic() - started, facts)
         return artifact
 
+    def _kept_dir(self, step: Step, action: Action) -> Path | None:
+        """Where a resumable stage finds and leaves finished parts; says what it cannot use, and why."""
+        if not step.stage.resumable:
+            return None
+        self._store.remove_useless(action.stage, lambda path: not step.stage.finished_parts(path))
+        for path, stored in self._store.unfinished(action.stage):
+            if all(stored["inputs"].get(role) == action.inputs[role] for role in step.inputs):
+                self._view.say(_not_used(step, action, path, stored))
+        return self._store.open_unfinished(action)
+
     def _refuse_changed_files(self) -> None:
         """What was made of a file must carry the key of that file's content, not of an older one."""
         changed = [path for path in self._read if self._digests.peek(path) is None]
         if changed:
             what = "changed while it was being read; nothing made of it was kept"
             raise StageError(Problem(str(path), what, fix="run again") for path in changed)
+
+
+def _not_used(step: Step, action: Action, path: Path, stored: dict[str, Any]) -> str:
+    """One line about unfinished work on the same weights with other settings."""
+    other = ", ".join(name.removeprefix("config.") for name in changed_fields(action, stored))
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return (
+        f"{action.stage}: unfinished work with other {other} is not used "
+        f"({step.stage.finished_parts(path)}); `rm -r {shlex.quote(str(shown))}` removes it"
+    )
 
 
 def _publish(loaded: LoadedConfig, workspace: Workspace, artifacts: dict[str, Artifact]) -> bool:

@@ -4,6 +4,7 @@ Layout under the root (`engines/.store`):
 
     <stage>/<key>/            one finished artifact: its files and manifest.json
     work/<key>.<pid>/         an unfinished one; never looked at by a reader
+    unfinished/<stage>-<key>/ finished parts of an artifact that a killed run left, and action.json
     failed/<stage>-<key>/     what a failed run left: its log, and reports that explain the failure
     locks/<key>.lock          held while a key is being made
 
@@ -27,6 +28,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 LOG = "stage.log"
+ACTION = "action.json"
 SCHEMA = 1
 """Of the store's manifests; one of another schema is a miss."""
 _TAG = b"trtpipe action 1\n"
@@ -201,15 +203,29 @@ class Store:
             name: usually an action's key.
             on_wait: called once if another process holds it.
         """
-        path = self.root / "locks" / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as stream:
+        with self._lock_path(name).open("a") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 on_wait()
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+    @contextlib.contextmanager
+    def lock_if_free(self, name: str) -> Iterator[bool]:
+        """Hold the lock of `name` unless another holds it; whether it is held."""
+        with self._lock_path(name).open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def _lock_path(self, name: str) -> Path:
+        path = self.root / "locks" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def work_dir(self, action: Action) -> Path:
         """Where an artifact is made before it is committed."""
@@ -223,6 +239,16 @@ class Store:
         path = self.work_dir(action)
         path.mkdir(parents=True)
         return path
+
+    def remove_dead_work(self) -> None:
+        """Remove the work directories of runs that were killed, whatever they were making."""
+        for path in (self.root / "work").glob("*.*"):
+            key, _, pid = path.name.rpartition(".")
+            if not pid.isdecimal() or _is_alive(int(pid)):
+                continue
+            with self.lock_if_free(key) as is_held:  # a living run may be in another container
+                if is_held:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, action: Action, work_dir: Path, facts: dict[str, Any]) -> Artifact:
         """Turn a finished work directory into the artifact of `action`, atomically."""
@@ -244,7 +270,47 @@ class Store:
         work_dir.rename(final)
         sync(final.parent)
         shutil.rmtree(self._failed_dir(action), ignore_errors=True)  # it explains nothing any more
+        self.remove_unfinished(action)
         return Artifact(final, action.key, manifest)
+
+    def unfinished_dir(self, action: Action) -> Path:
+        """Where finished parts of an action's artifact outlive a killed run; may not exist."""
+        return self.root / "unfinished" / f"{action.stage}-{action.key}"
+
+    def open_unfinished(self, action: Action) -> Path:
+        """The directory in which finished parts of an action's artifact outlive a killed run.
+
+        Call while holding the lock of the action's key. `commit` removes it.
+        """
+        path = self.unfinished_dir(action)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / ACTION, action.fields())
+        return path
+
+    def remove_unfinished(self, action: Action) -> None:
+        """Remove that directory, if it is there; call while holding the lock of the action's key."""
+        shutil.rmtree(self.unfinished_dir(action), ignore_errors=True)
+
+    def remove_useless(self, stage: str, is_useless: Callable[[Path], bool]) -> None:
+        """Remove such directories of one stage that no run works in."""
+        for path in (self.root / "unfinished").glob(f"{stage}-*/"):
+            with self.lock_if_free(path.name.removeprefix(f"{stage}-")) as is_held:
+                if is_held and is_useless(path):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def unfinished(self, stage: str) -> list[tuple[Path, dict[str, Any]]]:
+        """Such directories of one stage that no run works in, each with the fields of its action."""
+        found = []
+        for path in sorted((self.root / "unfinished").glob(f"{stage}-*/")):
+            with self.lock_if_free(path.name.removeprefix(f"{stage}-")) as is_held:
+                if not is_held:
+                    continue
+            try:
+                fields = json.loads((path / ACTION).read_text("utf-8"))
+            except (OSError, ValueError):  # being made or removed by another run
+                continue
+            found.append((path, fields))
+        return found
 
     def _failed_dir(self, action: Action) -> Path:
         return self.root / "failed" / f"{action.stage}-{action.key[:16]}"
@@ -253,14 +319,30 @@ class Store:
         """Remove an action's work directory, if any; keep its top-level files that match."""
         work_dir = self.work_dir(action)
         kept = self._failed_dir(action)
-        evidence = [path for pattern in patterns for path in work_dir.glob(pattern)]
-        if evidence:
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir(parents=True)
-        for path in evidence:
-            path.rename(kept / path.name)
-        shutil.rmtree(work_dir, ignore_errors=True)
+        try:
+            _move([path for pattern in patterns for path in work_dir.glob(pattern)], kept)
+        finally:  # also when the disk is full
+            shutil.rmtree(work_dir, ignore_errors=True)
         return kept
+
+
+def _move(files: list[Path], directory: Path) -> None:
+    """Put files in place of what the directory held; without files it stays as it is."""
+    if files:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    for path in files:
+        path.rename(directory / path.name)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no process id of ours
+        return True
+    return True
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -275,6 +357,15 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """Readable JSON, one key a line, sorted, with a final newline."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """`write_json` of which a killed process leaves the old file or the new one, and nothing between."""
+    fresh = path.with_name(f"{path.name}.new")
+    write_json(fresh, value)
+    sync(fresh)
+    fresh.replace(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

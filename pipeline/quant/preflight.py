@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.checkpoint.layout import planned_sources
 from pipeline.checkpoint.reader import TensorInfo
 from pipeline.checkpoint.source import HfCheckpoint
 from pipeline.errors import CheckpointError, PlanError, Problem
 from pipeline.models import ARCHITECTURES, ModelShape
-from pipeline.quant.formats import FORMATS, GROUP_SIZES
+from pipeline.models.linears import decoder_linears
+from pipeline.quant.formats import FORMATS, GROUP_SIZES, MIXED
+from pipeline.quant.recipe import ALGORITHMS
 from pipeline.quant.source import missing_tokenizer, open_plain_checkpoint
 
-QUANTIZERS = {"int4_awq": "awq_lite"}
-"""Formats that this package can make, and ModelOpt's algorithm for each."""
+MADE = (*ALGORITHMS, MIXED)
+"""Formats that the quantize stage makes of plain weights."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class QuantizeOptions:
     """How to quantize.
 
     Attributes:
-        format: a name of FORMATS that QUANTIZERS has.
-        group_size: input features that share one scale, 64 or 128.
+        format: one of MADE.
+        group_size: input features that share one scale, 64 or 128; of formats with groups.
         num_samples: calibration windows.
         seq_len: tokens of one window.
         batch_size: windows per forward pass. ModelOpt weighs batches equally, so a smaller last batch
@@ -37,6 +40,16 @@ class QuantizeOptions:
         num_threads: threads of one matrix product; None keeps torch's number. Other numbers may
             change last bits of activations and with them, rarely, a scale.
         device: where to compute; "cuda" was written but never run.
+        algorithm: how weights are rounded; None: the usual one of the format.
+        search: who searches AWQ's scales; see `pipeline.quant.recipe.LayerRecipe`.
+        kv_cache: of which keys and values are to be scaled.
+        inputs: a layer is calibrated on what the original layers before it compute, or on what the
+            quantized ones do.
+        keep: linears that stay as they are: their Hugging Face names, * stands for anything.
+        max_memory_bytes: that hidden states may count on; None: what is free. Changes no result.
+        budget_bits: with format "mixed", mean bits per weight of the decoder layers' linears.
+        candidates: with format "mixed", what each group of linears may become.
+        sensitivity: by what they are chosen; see `pipeline.quant.sensitivity.walk`.
     """
 
     format: str
@@ -47,29 +60,30 @@ class QuantizeOptions:
     seed: int = 0
     num_threads: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+    algorithm: str | None = None
+    search: Literal["gram", "modelopt"] = "gram"
+    kv_cache: Literal["fp16", "fp8", "int8"] = "fp16"
+    inputs: Literal["original", "quantized"] = "original"
+    keep: tuple[str, ...] = ()
+    max_memory_bytes: int | None = None
+    budget_bits: float | None = None
+    candidates: tuple[str, ...] = ()
+    sensitivity: Literal["layer", "output", "kl"] = "layer"
 
 
 def formats_from_plain(architecture: str) -> tuple[str, ...]:
     """Formats that plain weights of an architecture can have in an engine: fp16, and what we make."""
     formats = ARCHITECTURES[architecture].formats
-    return tuple(name for name in formats if name == "fp16" or name in QUANTIZERS)
+    return tuple(name for name in formats if name == "fp16" or name in MADE)
 
 
 def linears_to_quantize(shape: ModelShape) -> tuple[str, ...]:
-    """Hugging Face names without ".weight" of every linear that becomes int4, layer by layer.
+    """Hugging Face names without ".weight" of every linear that can be quantized, layer by layer.
 
     Those of every expert, too. Embeddings and lm_head are outside the decoder layers and stay as
     they are.
     """
-    rules = [rule for rule in ARCHITECTURES[shape.architecture].rules if rule.quantized]
-    names = (
-        source.name.format(layer=layer, expert=expert)
-        for layer in range(shape.num_layers)
-        for rule in rules
-        for expert in range(shape.num_experts if rule.experts else 1)
-        for source in rule.sources
-    )
-    return tuple(dict.fromkeys(names))  # fused sources share a linear
+    return decoder_linears(shape)
 
 
 def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
@@ -80,7 +94,6 @@ def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
         PlanError: the options cannot be used, or not for this model; every offending linear listed.
     """
     checkpoint = open_plain_checkpoint(source_dir)
-    linears = _linears(checkpoint)
     problems = list(dtype_problems(checkpoint))
     tokenizer_problem = missing_tokenizer(source_dir)
     if tokenizer_problem:
@@ -89,24 +102,26 @@ def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
         raise CheckpointError(problems)
 
     problems = list(_option_problems(options, checkpoint.shape))
-    problems.extend(_size_problems(linears, options.group_size))
+    if options.format in MADE:
+        problems.extend(_size_problems(checkpoint.shape, options.format, options.group_size))
     if problems:
         raise PlanError(problems)
     return checkpoint
 
 
-def _linears(checkpoint: HfCheckpoint) -> dict[str, TensorInfo]:
-    names = linears_to_quantize(checkpoint.shape)
-    return {name: checkpoint.reader.tensors[f"{name}.weight"] for name in names}
+def _layer_tensors(checkpoint: HfCheckpoint) -> dict[str, TensorInfo]:
+    """Every tensor of a decoder layer that the model reads."""
+    prefix = linears_to_quantize(checkpoint.shape)[0].partition("0.")[0]
+    stored = checkpoint.reader.tensors
+    names = [source.name for source in planned_sources(checkpoint.shape, FORMATS["fp16"])]
+    return {name: stored[name] for name in names if name.startswith(prefix) and name in stored}
 
 
 def _option_problems(options: QuantizeOptions, shape: ModelShape) -> Iterator[Problem]:
-    if options.format not in QUANTIZERS:
+    if options.format not in MADE:
         known = "cannot be made here" if options.format in FORMATS else "is unknown"
         known = "needs no quantizer" if options.format == "fp16" else known
-        yield Problem(
-            "quantize.format", f"{options.format!r} {known}", allowed=", ".join(QUANTIZERS)
-        )
+        yield Problem("quantize.format", f"{options.format!r} {known}", allowed=", ".join(MADE))
     elif options.format not in ARCHITECTURES[shape.architecture].formats:
         yield Problem(
             "quantize.format",
@@ -133,32 +148,39 @@ def _option_problems(options: QuantizeOptions, shape: ModelShape) -> Iterator[Pr
 
 
 def dtype_problems(checkpoint: HfCheckpoint) -> Iterator[Problem]:
-    """Linears of a dtype that cannot be quantized, or of several dtypes."""
-    linears, source_dir = _linears(checkpoint), checkpoint.directory
-    dtypes = sorted({info.dtype for info in linears.values()})
-    if len(dtypes) > 1:
+    """Decoder layers of several dtypes, norms and biases included: a layer is run in one."""
+    found: dict[str, str] = {}
+    for name, info in _layer_tensors(checkpoint).items():
+        found.setdefault(info.dtype, name)
+    if len(found) > 1:
+        examples = ", ".join(f"{dtype} ({found[dtype]})" for dtype in sorted(found))
         yield Problem(
-            str(source_dir),
-            f"the decoder layers mix {' and '.join(dtypes)}",
+            str(checkpoint.directory),
+            f"the decoder layers mix {examples}",
             allowed="one dtype",
             fix="save the checkpoint in one dtype",
         )
 
 
-def _size_problems(linears: dict[str, TensorInfo], group_size: int) -> Iterator[Problem]:
-    for name, info in linears.items():
-        num_outputs, num_inputs = info.shape
+def _size_problems(shape: ModelShape, name: str, group_size: int) -> Iterator[Problem]:
+    """Linears that the format cannot store; a mixed one may store each as int4."""
+    fmt = FORMATS["int4_awq" if name == MIXED else name]
+    linears = {f"{linear}.weight" for linear in decoder_linears(shape)}
+    for source in planned_sources(shape, FORMATS["fp16"]):
+        if source.name not in linears or fmt.weights != "int4":
+            continue
+        num_outputs, num_inputs = (dim.size for dim in source.dims)
         if group_size > 0 and num_inputs % group_size:
             fits = [str(size) for size in GROUP_SIZES if num_inputs % size == 0]
             yield Problem(
-                f"{name}.weight",
+                source.name,
                 f"{num_inputs} input features are not a multiple of group_size {group_size}",
                 allowed=f"group_size {' or '.join(fits)}" if fits else "",
                 fix="" if fits else "quantize this model in another format",
             )
         if num_outputs % 2:
             yield Problem(
-                f"{name}.weight",
+                source.name,
                 f"{num_outputs} output features cannot be packed in pairs",
                 fix="quantize this model in another format",
             )

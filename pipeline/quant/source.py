@@ -6,6 +6,7 @@ Both the quantizer and the verification load the original here, so that both mea
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from pipeline.checkpoint.pickled import holds_pickles
 from pipeline.checkpoint.source import PLAIN_METHOD, HfCheckpoint, open_checkpoint
 from pipeline.errors import CheckpointError, Problem
 from pipeline.models import ModelShape
-from pipeline.quant.calibration import TokenWindows
+from pipeline.quant.data import Message, TokenWindows
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +50,8 @@ def open_plain_checkpoint(source_dir: Path) -> HfCheckpoint:
                 str(source_dir),
                 f"the checkpoint is quantized already ({checkpoint.format.name})",
                 allowed="float16, bfloat16 or float32 weights",
-                fix="give the original checkpoint; one that is quantized already starts a build only "
-                "from model.source: directory",
+                fix="give the original checkpoint; one that is quantized already is not quantized "
+                "again: say its format under quantize",
             )
         )
     return checkpoint
@@ -73,19 +74,18 @@ def open_original(source_dir: Path) -> HfCheckpoint:
 def load_model(source_dir: Path, dtype: torch.dtype) -> Any:
     """A transformers causal language model in eval mode on the CPU, weights cast to `dtype`.
 
-    Weights that are quantized already are dequantized (`dequantized.py`). RoPE comes from our own
+    Weights that are quantized already are dequantized, and inputs of linears rounded where their format
+    says so (`dequantized.py`). RoPE comes from our own
     reading of config.json: transformers 4.57 reads a config written by 5.x (`rope_parameters`) as base
     10000 without scaling, and says nothing.
 
     Raises:
         CheckpointError: see `open_original`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     checkpoint = open_original(source_dir)
-    shape = checkpoint.shape
-    config = AutoConfig.from_pretrained(source_dir, local_files_only=True)
-    _set_rotary(config, shape)
+    config = model_config(checkpoint)
     if checkpoint.method != PLAIN_METHOD or holds_pickles(source_dir):
         from pipeline.quant.dequantized import load_through_reader
 
@@ -104,6 +104,21 @@ def load_model(source_dir: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def model_config(checkpoint: HfCheckpoint) -> Any:
+    """transformers' config of a checkpoint, with RoPE as config.json says and attention as it must be.
+
+    Gemma 2 caps its attention logits, which only transformers' "eager" attention does; its default
+    leaves the cap out without a word.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    _set_rotary(config, checkpoint.shape)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
+    return config
+
+
 def _set_rotary(config: Any, shape: ModelShape) -> None:
     if shape.position_embedding == "rope_gpt_neox":
         config.rope_theta = shape.rotary_base
@@ -111,7 +126,7 @@ def _set_rotary(config: Any, shape: ModelShape) -> None:
 
 
 class SourceTokenizer:
-    """The tokenizer of a checkpoint as a `pipeline.quant.calibration.TextEncoder`.
+    """The tokenizer of a checkpoint as a `pipeline.quant.data.DialogueEncoder`.
 
     Text that looks like a special token (`</s>` in an HTML parser's source) stays text.
 
@@ -156,6 +171,36 @@ class SourceTokenizer:
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
         return list(encoded["input_ids"])
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how a dialogue is written."""
+        return bool(self._tokenizer.chat_template)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The dialogue by the tokenizer's chat template.
+
+        Raises:
+            ValueError: the template refuses it, or there are several templates and none is the default.
+        """
+        from jinja2 import TemplateError
+
+        turns = [{"role": each.role, "content": each.content} for each in messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a rendered dialogue; special tokens in it are what they say."""
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=False, verbose=False
+        )
+        return list(encoded["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included, spaces untouched."""
+        return str(self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
 
 
 def refuse_foreign_tokens(windows: TokenWindows, vocab_size: int, source_dir: Path) -> None:

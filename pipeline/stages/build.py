@@ -18,7 +18,7 @@ class Build(StageDefaults):
     """Exports the ONNX networks and, for a TensorRT backend, compiles and checks them, rank by rank."""
 
     name = "build"
-    version = 1
+    version = 2
 
     def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
         """Backend and limits; how ranks are launched does not change their bytes."""

@@ -13,7 +13,8 @@ from pipeline.stages.stage import StageContext, StageDefaults
 
 
 class Convert(StageDefaults):
-    """Renames, fuses and slices tensors; never changes a quantized bit."""
+    """Renames, fuses and slices tensors. Of quantized bits it changes only FP8 codes that get the scale
+    of the weights they are fused with (`pipeline.checkpoint.shared_scales`)."""
 
     name = "convert"
     version = 1

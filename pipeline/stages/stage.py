@@ -21,6 +21,8 @@ class StageContext:
         out_dir: empty directory; becomes the artifact if `run` returns.
         log_path: the stage's log; standard output and error already go there.
         progress: where to report.
+        work_dir: where a resumable stage keeps what it has finished; a later run of the same action
+            finds it again, and it goes when the artifact is committed. None for other stages.
     """
 
     loaded: LoadedConfig
@@ -28,6 +30,7 @@ class StageContext:
     out_dir: Path
     log_path: Path
     progress: Progress
+    work_dir: Path | None = None
 
 
 class Stage(Protocol):
@@ -40,6 +43,13 @@ class Stage(Protocol):
     @property
     def version(self) -> int:
         """Raised by hand when the output changes for the same input."""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the stage continues what a killed run of the same action has left."""
+
+    def finished_parts(self, work_dir: Path) -> str:
+        """What a resumable stage has finished there, such as "layers quantized: 2"; "" for nothing."""
 
     def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
         """The part of the config that decides the output, as plain data."""
@@ -65,6 +75,12 @@ class Stage(Protocol):
 
 class StageDefaults:
     """Answers of a stage that needs nothing special."""
+
+    resumable = False
+
+    def finished_parts(self, work_dir: Path) -> str:
+        """Nothing is kept."""
+        return ""
 
     def external_files(self, loaded: LoadedConfig) -> dict[str, list[Path]]:
         """No external files."""

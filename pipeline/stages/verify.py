@@ -9,14 +9,14 @@ from typing import Any
 from pipeline.config import LoadedConfig
 from pipeline.errors import GateError, Problem
 from pipeline.stages.stage import StageContext, StageDefaults
-from pipeline.stages.texts import heldout_path
+from pipeline.stages.texts import heldout_path, load_heldout, needed_to_read
 
 
 class Verify(StageDefaults):
     """transformers (fp32) against ONNX Runtime running the engine's own network and weights."""
 
     name = "verify"
-    version = 1
+    version = 2
 
     def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
         """Windows and gates; which text is an external file. A rehearsal has no gates."""
@@ -31,13 +31,16 @@ class Verify(StageDefaults):
         """Both sides of the comparison."""
         return ("torch", "transformers", "onnxruntime", "tokenizers")
 
+    def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """What reads the text."""
+        return needed_to_read(heldout_path(loaded))
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Compare, write the report, judge.
 
         Raises:
             GateError: a gate is not met; the report stays with the log of the failed stage.
         """
-        from pipeline.quant.calibration import load_texts
         from pipeline.verification import Gates, VerifyOptions, compare, write_report
 
         verify = context.loaded.config.verify
@@ -49,7 +52,7 @@ class Verify(StageDefaults):
         report = compare(
             context.inputs["source"],
             context.inputs["engine"],
-            load_texts(heldout_path(context.loaded)),
+            load_heldout(context.loaded),
             options,
             context.progress,
         )

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from pydantic import BaseModel
 
 from pipeline.config import LoadedConfig
+from pipeline.disk import disk_error
 from pipeline.errors import PipelineError, error_to_json
 from pipeline.orphans import die_with_parent
 from pipeline.stages import STAGES
@@ -33,6 +34,7 @@ class Job(BaseModel):
     log_path: Path
     report_fd: int
     parent_pid: int
+    work_dir: Path | None = None
 
 
 class _PipeProgress:
@@ -62,15 +64,26 @@ def main() -> int:
     die_with_parent(job.parent_pid)
     with os.fdopen(job.report_fd, "w") as pipe:
         progress = _PipeProgress(pipe)
-        context = StageContext(job.loaded, job.inputs, job.out_dir, job.log_path, progress)
+        context = StageContext(
+            job.loaded, job.inputs, job.out_dir, job.log_path, progress, job.work_dir
+        )
         try:
             facts = STAGES[job.stage].run(context)
         except PipelineError as error:
-            traceback.print_exc()
-            progress.send(event="error", **error_to_json(error))
-            return 1
+            return _fail(progress, error)
+        except OSError as error:
+            known = disk_error(error)
+            if known is None:
+                raise
+            return _fail(progress, known)
         progress.send(event="done", facts=facts)
     return 0
+
+
+def _fail(progress: _PipeProgress, error: PipelineError) -> int:
+    progress.send(event="error", **error_to_json(error))  # first: the log's disk may be full
+    traceback.print_exc()
+    return 1
 
 
 if __name__ == "__main__":

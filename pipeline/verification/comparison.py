@@ -6,7 +6,7 @@ Shape suffixes: T tokens of one window, C positions of one chunk, V true vocabul
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.checkpoint.strict_json import parse_object
 from pipeline.errors import CheckpointError, PlanError, Problem, StageError
 from pipeline.models import ModelShape
 from pipeline.progress import Progress
-from pipeline.quant.calibration import TokenWindows, token_windows
+from pipeline.quant.data import Document, TokenWindows, token_windows
 from pipeline.quant.source import SourceTokenizer, open_original, refuse_foreign_tokens
 from pipeline.verification.gates import VerifyOptions, judge
 from pipeline.verification.logits import EngineLogits, LogitsSource, OriginalLogits
@@ -60,15 +60,15 @@ class Measurement:
 def compare(
     source_dir: Path,
     engine_dir: Path,
-    texts: list[str],
+    texts: Sequence[str | Document],
     options: VerifyOptions,
     progress: Progress,
 ) -> Report:
     """Run both sides over windows of `texts` and judge the difference.
 
     The original is the checkpoint that the build started from, in transformers (float32); if it was
-    quantized already, its weights are dequantized, and the report says so. The engine is the network and
-    the weights of `engine_dir` in ONNX Runtime.
+    quantized already, it computes as its format says, and the report says so. The engine is the network
+    and the weights of `engine_dir` in ONNX Runtime.
 
     Raises:
         CheckpointError: either side cannot be loaded, or they do not belong together.

@@ -95,8 +95,8 @@ class Report(_Record):
         architecture: Hugging Face class name.
         quant_algo: TensorRT-LLM's name of the engine's weight format; None for fp16.
         original_quantized_by: "modelopt", "awq" or "gptq" when the build started from weights that were
-            quantized already: then they are dequantized for the comparison, which says nothing about
-            what quantizing them had lost. None for plain weights.
+            quantized already: then it computes as their format says, and the comparison says nothing
+            about what quantizing them had lost. None for plain weights.
         engine_files: name -> bytes of every file in the engine directory that holds weights or graph.
         mean_kl, p99_kl, max_kl: KL(original || engine), nats per token.
         top1_agreement: share of tokens where both rank the same token first.

@@ -16,14 +16,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.progress import SilentProgress
-from pipeline.quant.calibration import token_windows
+from pipeline.quant.data import token_windows
 from pipeline.quant.oracle import dequantize_int4, quantize_int4, unpack_int4
 from pipeline.quant.quantizer import QuantizeOptions, quantize_checkpoint
 from pipeline.quant.source import SourceTokenizer
 from tests.tiny import write_tiny_llama
 from tests.tiny_text import made_up_texts, write_tiny_tokenizer
 
-OPTIONS = QuantizeOptions("int4_awq", group_size=128, num_samples=6, seq_len=16, batch_size=4)
+OPTIONS = QuantizeOptions(
+    "int4_awq", group_size=128, num_samples=6, seq_len=16, batch_size=4, search="modelopt"
+)
 TEXTS = made_up_texts(6)
 
 

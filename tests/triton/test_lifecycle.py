@@ -65,6 +65,8 @@ def test_stop_leaves_no_process_and_no_shared_memory(repository: Path, killed: s
 
 
 _SERVE = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, if the tests run under nohup
 import sys
 from pathlib import Path
 from pipeline.serving.ports import Ports
@@ -171,6 +173,7 @@ def test_closing_the_terminal_ends_the_command_and_the_server(repository: Path) 
     command = [sys.executable, "-c", _SERVE_COMMAND, str(repository), MODEL, *arguments]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as above
         os.execv(command[0], command)
     shown = b""
     while b"flush=True)" not in shown:  # the end of what it prints

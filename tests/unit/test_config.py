@@ -54,7 +54,7 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
         (
             "model:\n  source: hub\n  id: meta-llama/Llama-2-13b-hf\n  revision: main\n",
             "x.yaml:4: model.revision: 'main' does not fit; allowed: the 40 hexadecimal digits of a "
-            "commit; fix: take it from the model's page, Files, History: a branch name moves",
+            "commit; fix: take it from its page on the Hub, Files, History: a branch name moves",
         ),
         (
             "model: {source: hub, id: a/b, revision: 1234}\n",

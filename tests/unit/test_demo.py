@@ -38,7 +38,7 @@ from pipeline.demo.publish import publish
 from pipeline.demo.tokenizer import EOS_ID, encode_documents, train_tokenizer
 from pipeline.demo.train import ModelSize, Schedule, batch_of_step, train
 from pipeline.errors import CheckpointError, ToolError
-from pipeline.quant.calibration import load_texts
+from pipeline.quant.data import load_texts
 
 TINY_TEXTS = [f"def f{n}(x):\n    return x + {n}  # doubled {n * n}\n" for n in range(60)]
 TINY_CORPUS = Corpus(tuple(Document(f"{n}.py", t) for n, t in enumerate(TINY_TEXTS)), (), ())

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"console", "render", "run", "show", "support", "engine_contents"},
+    {"console", "render", "run", "show", "support", "engine_contents", "data_page"},
     {"stage_process"},
     {"explain"},
     {"plan"},
@@ -35,7 +35,8 @@ LAYERS: list[set[str]] = [
     {"workspace", "external", "launch"},
     {"publish", "manifest"},
     {"config", "store"},
-    {"memory", "strict_yaml", "targets", "progress", "orphans"},
+    {"calibration_config"},
+    {"memory", "strict_yaml", "targets", "progress", "orphans", "dead_process", "disk"},
     {"hardlink", "links", "names"},
     {"errors"},
 ]
@@ -52,6 +53,7 @@ HEAVY = {
     "tritonclient",
     "matplotlib",
     "huggingface_hub",
+    "pyarrow",
 }
 
 

@@ -187,7 +187,8 @@ def test_mixed_dtypes_are_seen_by_the_plan(build: Path, tmp_path: Path) -> None:
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     config = _variant(build, tmp_path, model__path=str(broken), quantize__format="int4_awq")
     texts = _texts(_plan(config, tmp_path))
-    assert any("mix F16 and F32" in text for text in texts), texts
+    wanted = f"mix F16 (model.layers.0.input_layernorm.weight), F32 ({name})"
+    assert any(wanted in text for text in texts), texts
 
 
 def test_two_savers_of_digests_lose_nothing(build: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""quantize_checkpoint beside Llama: families whose linears ModelOpt folds alike, and a refusal."""
+"""quantize_checkpoint beside Llama: families whose linears ModelOpt folds alike, and fused ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.checkpoint.convert import convert_checkpoint
-from pipeline.errors import PlanError
 from pipeline.models import shape_from_hf
 from pipeline.progress import SilentProgress
 from pipeline.quant.preflight import linears_to_quantize
@@ -66,16 +65,6 @@ def test_quantized_and_converted(tmp_path: Path, architecture: str) -> None:
             expected = np.split(hf[f"{mlp}gate_proj.{stored}"], 2)[1]
         assert rank[target + suffix].tobytes() == expected.tobytes()
         assert rank[target + suffix].shape == expected.shape
-
-
-def test_other_architectures_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    source = write_tiny("GemmaForCausalLM", tmp_path / "source", **SIZES)
-    write_tiny_tokenizer(source)
-    with pytest.raises(PlanError) as caught:
-        quantize_checkpoint(source, tmp_path, OPTIONS, made_up_texts(6), SilentProgress())
-    assert str(caught.value) == (
-        "quantize.format: GemmaForCausalLM cannot be quantized to int4_awq yet; allowed: fp16"
-    )
 
 
 def test_fused_linears_are_listed_once(tmp_path: Path) -> None:

@@ -97,17 +97,6 @@ def test_a_yaml_that_contradicts_the_source(
     assert any(text in problem and "tiny.yaml:" in problem for problem in problems), problems
 
 
-def test_gptq_cannot_be_made_here(tmp_path: Path) -> None:
-    config = write_build(tmp_path, fmt="int4_gptq")
-    (problem,) = plan_of(config, tmp_path).problems
-    assert "quantize.format: int4_gptq cannot be made here, and the source is not quant" in (
-        str(problem)
-    )
-    assert "allowed: fp16, int4_awq; fix: give a checkpoint that is int4_gptq already" in str(
-        problem
-    )
-
-
 def test_every_problem_of_the_foreign_header_is_in_the_plan(tmp_path: Path) -> None:
     config = foreign_build(tmp_path, "gptq", format="int4_gptq")
     path = tmp_path / "weights" / "config.json"

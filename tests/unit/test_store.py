@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -185,6 +188,26 @@ def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Path
     with Store(tmp_path).lock("key", lambda: waited.append(True)):
         pass
     assert waited == []
+
+
+def test_work_of_dead_processes_is_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "work").mkdir()
+    left, locked, alive, foreign = (
+        tmp_path / "work" / name
+        for name in (f"a.{dead.pid}", f"b.{dead.pid}", f"c.{os.getpid()}", "d.backup")
+    )
+    for path in (left, locked, alive, foreign):
+        path.mkdir()
+        (path / "half").touch()
+    with store.lock("b", lambda: None):
+        store.remove_dead_work()
+    assert not left.exists()
+    assert sorted((tmp_path / "work").iterdir()) == sorted([locked, alive, foreign])
+    store.remove_dead_work()
+    assert not locked.exists()
 
 
 @pytest.mark.parametrize("value", [{1: 2}, {"x": object()}, {"x": {3}}, Path("x"), b"x"])

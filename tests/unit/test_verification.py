@@ -19,7 +19,7 @@ from pipeline.errors import CheckpointError, PlanError, StageError
 from pipeline.network.export import export_network
 from pipeline.network.limits import BuildLimits
 from pipeline.progress import SilentProgress
-from pipeline.quant.calibration import TokenWindows
+from pipeline.quant.data import TokenWindows
 from pipeline.quant.quantizer import QuantizeOptions, quantize_checkpoint
 from pipeline.verification import Gates, Report, VerifyOptions, compare, read_report, write_report
 from pipeline.verification.comparison import measure
