@@ -1,5 +1,5 @@
 # make engine MODEL=demo            plan, quantize, convert, build, verify, publish
-# make plan|serve|verify MODEL=...  see README.md
+# make plan|data|serve|verify MODEL=...  see README.md
 # WEIGHTS=<dir>|synthetic           other weights for the same build
 
 MODEL  ?= demo
@@ -12,7 +12,7 @@ export CONFIG := configs/$(MODEL).yaml
 export WEIGHTS
 OVERRIDE := $(if $(WEIGHTS),--weights "$$WEIGHTS")
 
-.PHONY: engine plan explain serve verify client test test-all lint format venv clean
+.PHONY: engine plan data explain serve verify client test test-all lint format venv clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -36,6 +36,9 @@ engine: $(READY)
 
 plan: $(READY)
 	@$(BIN)/python -m pipeline plan "$$CONFIG" $(OVERRIDE)
+
+data: $(READY)
+	@$(BIN)/python -m pipeline data "$$CONFIG" $(OVERRIDE)
 
 explain: $(READY)
 	@$(BIN)/python -m pipeline explain "$$CONFIG" $(OVERRIDE)
