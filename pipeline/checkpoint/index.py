@@ -10,6 +10,26 @@ from pipeline.checkpoint.strict_json import parse_object
 from pipeline.errors import CheckpointError, Problem
 
 
+def weight_files(
+    directory: Path, single_name: str, index_name: str, suffixes: tuple[str, ...]
+) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of a directory, and what its index says about them (None without an index).
+
+    Raises:
+        CheckpointError: both a single file and an index, or neither; see `read_index`.
+    """
+    single, index = directory / single_name, directory / index_name
+    if single.exists() and index.exists():
+        what = f"both {single_name} and {index_name}: which one is meant is not clear"
+        raise CheckpointError(Problem(str(directory), what, fix="remove the one that is stale"))
+    if single.exists():
+        return [single], None
+    if index.exists():
+        weight_map = read_index(index, suffixes)
+        return [directory / name for name in dict.fromkeys(weight_map.values())], weight_map
+    raise CheckpointError(Problem(str(directory), f"neither {single_name} nor {index_name}"))
+
+
 def read_index(path: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     """The weight_map: tensor name -> file name, each file a plain name in the index's own directory.
 

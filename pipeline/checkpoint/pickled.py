@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pipeline.checkpoint.dtypes import NUMPY_DTYPES, num_bytes
 from pipeline.checkpoint.header import TensorInfo
-from pipeline.checkpoint.index import check_index, read_index
+from pipeline.checkpoint.index import check_index, weight_files
 from pipeline.checkpoint.mapped_file import MappedFile
 from pipeline.checkpoint.tensor_reader import RowReader, contiguous
 from pipeline.errors import CheckpointError, Problem
@@ -68,7 +68,11 @@ class PickledReader(RowReader):
             CheckpointError: nothing there, not a PyTorch file, one that wants to execute code, or an
                 index that contradicts the files.
         """
-        files, weight_map = ([path], None) if path.is_file() else _files_of_directory(path)
+        files, weight_map = (
+            ([path], None)
+            if path.is_file()
+            else weight_files(path, SINGLE_FILE, INDEX_FILE, SUFFIXES)
+        )
         tensors: dict[str, TensorInfo] = {}
         self._values: dict[tuple[Path, int], torch.Tensor] = {}
         self._mapped: dict[Path, MappedFile] = {}
@@ -176,16 +180,3 @@ def _info(name: object, value: Any, path: Path, position: int) -> TensorInfo | P
         return Problem(where, f"{value.dtype}, {value.layout}", f"dense, {', '.join(_DTYPES)}")
     shape = tuple(value.shape)
     return TensorInfo(name, dtype, shape, num_bytes(dtype, shape), path, position)
-
-
-def _files_of_directory(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.exists() and index.exists():
-        what = f"both {SINGLE_FILE} and {INDEX_FILE}: which one is meant is not clear"
-        raise CheckpointError(Problem(str(directory), what, fix="remove the one that is stale"))
-    if single.exists():
-        return [single], None
-    if index.exists():
-        weight_map = read_index(index, SUFFIXES)
-        return [directory / name for name in dict.fromkeys(weight_map.values())], weight_map
-    raise CheckpointError(Problem(str(directory), f"neither {SINGLE_FILE} nor {INDEX_FILE}"))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.checkpoint.dtypes import NUMPY_DTYPES
 from pipeline.checkpoint.header import TensorInfo, read_header
-from pipeline.checkpoint.index import check_index, read_index, why_no_file
+from pipeline.checkpoint.index import check_index, weight_files, why_no_file
 from pipeline.checkpoint.tensor_reader import row_ranges
 from pipeline.errors import CheckpointError, Problem
 
@@ -111,22 +111,12 @@ def _opened(tensor: TensorInfo, offset: int) -> FileIO:
 
 def _files_of_directory(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files, and what the index says about them (None without an index)."""
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if not directory.is_dir():
         what = "no such directory"
         if directory.is_symlink():
             what = f"no directory, but {why_no_file(directory)}"
         raise CheckpointError(Problem(str(directory), what))
-    for path in (single, index):
+    for path in (directory / SINGLE_FILE, directory / INDEX_FILE):
         if path.is_symlink() and not path.is_file():
             raise CheckpointError(Problem(str(path), why_no_file(path)))
-    if single.exists() and index.exists():
-        what = f"both {SINGLE_FILE} and {INDEX_FILE}: which one is meant is not clear"
-        raise CheckpointError(Problem(str(directory), what, fix="remove the one that is stale"))
-    if single.exists():
-        return [single], None
-    if index.exists():
-        weight_map = read_index(index, (".safetensors",))
-        return [directory / name for name in dict.fromkeys(weight_map.values())], weight_map
-    what = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
-    raise CheckpointError(Problem(str(directory), what))
+    return weight_files(directory, SINGLE_FILE, INDEX_FILE, (".safetensors",))

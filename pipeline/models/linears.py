@@ -18,7 +18,10 @@ def rule_linears(rule: WeightRule, shape: ModelShape, layer: int) -> tuple[str, 
 
 
 def decoder_linears(shape: ModelShape) -> tuple[str, ...]:
-    """Every linear that a format can store in its own way, layer by layer."""
+    """Every linear that a format can store in its own way, layer by layer, those of every expert too.
+
+    Embeddings and lm_head are outside the decoder layers.
+    """
     names = (
         name
         for layer in range(shape.num_layers)

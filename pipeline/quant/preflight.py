@@ -77,15 +77,6 @@ def formats_from_plain(architecture: str) -> tuple[str, ...]:
     return tuple(name for name in formats if name == "fp16" or name in MADE)
 
 
-def linears_to_quantize(shape: ModelShape) -> tuple[str, ...]:
-    """Hugging Face names without ".weight" of every linear that can be quantized, layer by layer.
-
-    Those of every expert, too. Embeddings and lm_head are outside the decoder layers and stay as
-    they are.
-    """
-    return decoder_linears(shape)
-
-
 def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
     """The opened checkpoint, if quantizing it with these options can succeed.
 
@@ -111,7 +102,7 @@ def check_source(source_dir: Path, options: QuantizeOptions) -> HfCheckpoint:
 
 def _layer_tensors(checkpoint: HfCheckpoint) -> dict[str, TensorInfo]:
     """Every tensor of a decoder layer that the model reads."""
-    prefix = linears_to_quantize(checkpoint.shape)[0].partition("0.")[0]
+    prefix = decoder_linears(checkpoint.shape)[0].partition("0.")[0]
     stored = checkpoint.reader.tensors
     names = [source.name for source in planned_sources(checkpoint.shape, FORMATS["fp16"])]
     return {name: stored[name] for name in names if name.startswith(prefix) and name in stored}

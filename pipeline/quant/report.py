@@ -22,10 +22,11 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.errors import Problem, StageError
 from pipeline.models import ARCHITECTURES, ModelShape, Scope
+from pipeline.models.linears import decoder_linears
 from pipeline.quant.data import TokenWindows
 from pipeline.quant.dequantized import dequantized
 from pipeline.quant.formats import QuantFormat
-from pipeline.quant.preflight import QuantizeOptions, linears_to_quantize
+from pipeline.quant.preflight import QuantizeOptions
 
 REPORT_FILE = "quant_report.json"
 MAX_WEIGHT_ERROR = 0.7
@@ -131,7 +132,7 @@ class _LayerTable:
         sources = [source for rule in rules for source in rule.sources]
         before = sources[0].name.partition("{layer}")[0]
         self.prefix = f"{before}{layer}."
-        self.linears = {name for name in linears_to_quantize(shape) if name.startswith(self.prefix)}
+        self.linears = {name for name in decoder_linears(shape) if name.startswith(self.prefix)}
         self.transposed = {
             source.name.format(layer=layer, expert=0) for source in sources if source.transposed
         }

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from pipeline.checkpoint.convert import convert_checkpoint
 from pipeline.models import shape_from_hf
+from pipeline.models.linears import decoder_linears
 from pipeline.progress import SilentProgress
-from pipeline.quant.preflight import linears_to_quantize
 from pipeline.quant.quantizer import QuantizeOptions, quantize_checkpoint
 from tests.tiny_models import write_tiny
 from tests.tiny_text import made_up_texts, write_tiny_tokenizer
@@ -70,7 +70,7 @@ def test_quantized_and_converted(tmp_path: Path, architecture: str) -> None:
 def test_fused_linears_are_listed_once(tmp_path: Path) -> None:
     source = write_tiny("Phi3ForCausalLM", tmp_path, num_hidden_layers=1)
     shape = shape_from_hf(json.loads((source / "config.json").read_text()))
-    assert linears_to_quantize(shape) == (
+    assert decoder_linears(shape) == (
         "model.layers.0.self_attn.qkv_proj",
         "model.layers.0.self_attn.o_proj",
         "model.layers.0.mlp.gate_up_proj",

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.source import open_checkpoint, read_format
 from pipeline.errors import CheckpointError, PlanError, StageError
+from pipeline.models.linears import decoder_linears
 from pipeline.progress import SilentProgress
 from pipeline.quant.data import token_windows
-from pipeline.quant.preflight import check_source, linears_to_quantize
+from pipeline.quant.preflight import check_source
 from pipeline.quant.quantizer import QuantizeOptions, quantize_checkpoint
 from pipeline.quant.report import layer_errors, refuse_incomplete
 from pipeline.quant.source import SourceTokenizer, load_model
@@ -430,7 +431,7 @@ class TestAudit:
 
     def test_undamaged(self, source: Path, quantized: Path) -> None:
         errors = self.audit(source, quantized)
-        assert set(errors) == set(linears_to_quantize(open_checkpoint(source).shape))
+        assert set(errors) == set(decoder_linears(open_checkpoint(source).shape))
 
     def test_swapped_nibbles(self, source: Path, damaged: Path) -> None:
         name = "model.layers.0.self_attn.k_proj.weight"

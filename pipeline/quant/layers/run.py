@@ -23,6 +23,7 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.source import QUANT_CONFIG_FILE, HfCheckpoint
 from pipeline.errors import Problem, StageError, ToolError
 from pipeline.memory import free_memory_bytes, give_back_freed
+from pipeline.models.linears import decoder_linears
 from pipeline.progress import Progress
 from pipeline.quant.choose import model_format, recipe_for
 from pipeline.quant.data import TokenWindows
@@ -37,7 +38,7 @@ from pipeline.quant.layers.shards import missing_ones, write_shards, write_tenso
 from pipeline.quant.layers.skeleton import Skeleton, layer_of
 from pipeline.quant.packing.activations import simulate_inputs
 from pipeline.quant.packing.config import quant_config_json
-from pipeline.quant.preflight import QuantizeOptions, linears_to_quantize
+from pipeline.quant.preflight import QuantizeOptions
 from pipeline.quant.recipe import LayerRecipe, LinearFacts
 from pipeline.quant.report import REPORT_FILE, layer_errors, refuse_incomplete, write_quant_report
 from pipeline.quant.source import copy_companions
@@ -96,7 +97,7 @@ class LayerwiseRun:
         first, changes = self.finished.resume(self._fingerprint(), self.skeleton.layer_digest)
         for change in changes:
             self.progress.say(f"finished layers of an earlier run are not used: {change}")
-        num_linears = len(linears_to_quantize(self.checkpoint.shape))
+        num_linears = len(decoder_linears(self.checkpoint.shape))
         self.progress.say(
             f"calibrating {num_linears} linears on {len(self.windows.tokens_WT)} windows, "
             f"{sum(batch.num_tokens for batch in self.batches)} tokens "
@@ -348,6 +349,6 @@ def _check_facts(facts: Mapping[str, LinearFacts], recipe: LayerRecipe, prefix: 
 
 def _checkpoint_dtype(checkpoint: HfCheckpoint) -> torch.dtype:
     """The dtype of the decoder's matrices on disk; `check_source` has seen that there is just one."""
-    name = linears_to_quantize(checkpoint.shape)[0]
+    name = decoder_linears(checkpoint.shape)[0]
     info = checkpoint.reader.tensors[f"{name}.weight"]
     return _TORCH_DTYPES[info.dtype]

@@ -139,15 +139,14 @@ def _symmetric(
             w_RK = weight_NK[rows]
             d_RK = int4_nearest(w_RK, options.group_size).sub_(w_RK.float())
             rtn_loss += float(moment.row_losses(d_RK).double().sum())
-    upper_KK = _factor(moment, factors) if options.algorithm == "gptq" else None
-    if upper_KK is not None and moment is not None:
-        rounded, loss = _gptq(weight_NK, moment, upper_KK, options)
-        if loss < rtn_loss:
-            weight_NK.copy_(rounded.dequantized(weight_NK.dtype))
-            set_int4_ranges(linear, rounded.scale_RG * 7.0)
-            return _facts(name, linear, statistics, options, None, loss, rtn_loss)
-    calibrate_weight(linear)
-    return _facts(name, linear, statistics, options, None, rtn_loss, rtn_loss)
+    better = _better_gptq(weight_NK, moment, options, factors, rtn_loss)
+    if better is None:
+        calibrate_weight(linear)
+        return _facts(name, linear, statistics, options, None, rtn_loss, rtn_loss)
+    rounded, loss = better
+    weight_NK.copy_(rounded.dequantized(weight_NK.dtype))
+    set_int4_ranges(linear, rounded.scale_RG * 7.0)
+    return _facts(name, linear, statistics, options, None, loss, rtn_loss)
 
 
 def _with_zero_points(
@@ -159,15 +158,12 @@ def _with_zero_points(
 ) -> LinearFacts:
     weight_NK: torch.Tensor = linear.weight.detach()
     moment = _moment(statistics)
-    rounded = _joined(
+    nearest = _joined(
         [nearest_rows(weight_NK[rows], options.group_size) for rows in row_blocks(weight_NK)]
     )
-    loss = rtn_loss = _loss(weight_NK, rounded, moment)
-    upper_KK = _factor(moment, factors) if options.algorithm == "gptq" else None
-    if upper_KK is not None and moment is not None:
-        fed_back, fed_back_loss = _gptq(weight_NK, moment, upper_KK, options)
-        if fed_back_loss < rtn_loss:
-            rounded, loss = fed_back, fed_back_loss
+    rtn_loss = _loss(weight_NK, nearest, moment)
+    better = _better_gptq(weight_NK, moment, options, factors, rtn_loss)
+    rounded, loss = better or (nearest, rtn_loss)
     weight_NK.copy_(rounded.dequantized(weight_NK.dtype))
     linear.register_buffer("weight_scale_NG", rounded.scale_RG)
     linear.register_buffer("weight_zero_point_NG", rounded.zero_point_RG)
@@ -186,9 +182,17 @@ def _factor(
     return factors[id(moment)]
 
 
-def _gptq(
-    weight_NK: torch.Tensor, moment: SecondMoment, upper_KK: torch.Tensor, options: Int4Options
-) -> tuple[RoundedRows, float]:
+def _better_gptq(
+    weight_NK: torch.Tensor,
+    moment: SecondMoment | None,
+    options: Int4Options,
+    factors: dict[int, torch.Tensor | None],
+    rtn_loss: float,
+) -> tuple[RoundedRows, float] | None:
+    """GPTQ's rows and loss, if it was asked for, is possible, and loses less than round-to-nearest."""
+    upper_KK = _factor(moment, factors) if options.algorithm == "gptq" else None
+    if upper_KK is None or moment is None:
+        return None
     asymmetric = options.format == "int4_gptq"
     rounded = _joined(
         [
@@ -196,7 +200,8 @@ def _gptq(
             for rows in row_blocks(weight_NK)
         ]
     )
-    return rounded, _loss(weight_NK, rounded, moment)
+    loss = _loss(weight_NK, rounded, moment)
+    return (rounded, loss) if loss < rtn_loss else None
 
 
 def _joined(parts: Sequence[RoundedRows]) -> RoundedRows:
