@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CheckpointError, Problem
 from pipeline.quant.data import DialogueEncoder, Message
+from pipeline.tokenizer_file import load_tokenizer_file
 
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 _RULES = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens")
@@ -53,17 +53,8 @@ class LightTokenizer:
     """
 
     def __init__(self, source_dir: Path, config: dict[str, Any]) -> None:
-        from tokenizers import Tokenizer
-
         path = source_dir / "tokenizer.json"
-        try:
-            self._tokenizer: Any = Tokenizer.from_file(str(path))
-        except Exception as error:
-            # The tokenizers library raises plain Exception for a file of another kind.
-            if type(error) is not Exception:
-                raise
-            what = f"not a tokenizer: {str(error).splitlines()[0]}"
-            raise CheckpointError(Problem(str(path), what, fix="fetch it again")) from error
+        self._tokenizer: Any = load_tokenizer_file(path, fix="fetch it again")
         # Stored by some trainers; they would cut or fill every text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pipeline.errors import CheckpointError, Problem
+from pipeline.tokenizer_file import load_tokenizer_file
 
 TOKENIZER_FILE = "tokenizer.json"
 GENERATION_FILE = "generation_config.json"
@@ -103,17 +104,7 @@ def _load(path: Path) -> Tokenizer:
         raise CheckpointError(
             Problem(str(path), "there is no such file", fix="build the engine again")
         )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        # The tokenizers library raises plain Exception for a file of another kind.
-        if type(error) is not Exception:
-            raise
-        raise CheckpointError(
-            Problem(
-                str(path), f"not a tokenizer: {_first_line(error)}", fix="build the engine again"
-            )
-        ) from error
+    return load_tokenizer_file(path, fix="build the engine again")
 
 
 def _eos_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

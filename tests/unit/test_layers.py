@@ -36,7 +36,16 @@ LAYERS: list[set[str]] = [
     {"publish", "manifest"},
     {"config", "store"},
     {"calibration_config"},
-    {"memory", "strict_yaml", "targets", "progress", "orphans", "dead_process", "disk"},
+    {
+        "memory",
+        "strict_yaml",
+        "targets",
+        "progress",
+        "orphans",
+        "dead_process",
+        "disk",
+        "tokenizer_file",
+    },
     {"hardlink", "links", "names"},
     {"errors"},
 ]
