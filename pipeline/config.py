@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline import strict_yaml
+from pipeline.build_config import BuildConfig
 from pipeline.calibration_config import (
     BUNDLED,
     HUB_FILE_TAG,
@@ -30,9 +31,6 @@ FormatName = Literal[
     "fp16", "int4_awq", "int4_gptq", "w4a8_awq", "int8_wo", "int8_sq", "fp8", "mixed"
 ]
 AlgorithmName = Literal["awq", "awq_clip", "gptq", "rtn", "smoothquant", "max"]
-BackendName = Literal["onnxruntime", "tensorrt_rtx", "none"]
-"""`none` ends with the converted checkpoint, for trtllm-build or another tool."""
-LaunchMode = Literal["sequential", "mpirun"]
 
 
 class DemoSource(_Section):
@@ -118,25 +116,6 @@ class ConvertConfig(_Section):
 
     allow_not_finite: bool = False
     """NaN and infinite weights are refused otherwise, with their number and names."""
-
-
-class BuildConfig(_Section):
-    """The engine's backend and limits."""
-
-    backend: BackendName = "tensorrt_rtx"
-    max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
-    max_input_len: Annotated[int, Field(ge=1, le=1048576)] = 512
-    max_seq_len: Annotated[int, Field(ge=2, le=1048576)] = 1024
-    launch: LaunchMode = "sequential"
-
-    @model_validator(mode="after")
-    def _input_fits(self) -> BuildConfig:
-        if self.max_input_len >= self.max_seq_len:
-            raise ValueError(
-                f"max_input_len {self.max_input_len} leaves no room for an answer in max_seq_len "
-                f"{self.max_seq_len}; allowed: less than max_seq_len"
-            )
-        return self
 
 
 class GatesConfig(_Section):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.config import LaunchMode
+from pipeline.build_config import LaunchMode
 from pipeline.dead_process import death_problem, last_lines
 from pipeline.errors import PipelineError, Problem, StageError, ToolError, error_from_json
 from pipeline.memory import free_memory_bytes

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.build_config import LaunchMode
 from pipeline.checkpoint.convert import (
     DEFAULT,
     checked_source,
@@ -38,7 +39,6 @@ from pipeline.checkpoint.importers.awq import METHOD as AWQ
 from pipeline.checkpoint.importers.gptq import METHOD as GPTQ
 from pipeline.checkpoint.options import ConvertOptions
 from pipeline.checkpoint.source import HfCheckpoint
-from pipeline.config import LaunchMode
 from pipeline.errors import PipelineError, error_to_json
 from pipeline.launch import RankJob, processes_that_fit, run_at_once, run_ranks
 from pipeline.orphans import die_with_parent

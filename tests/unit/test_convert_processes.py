@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pipeline.build_config import LaunchMode
 from pipeline.checkpoint.convert import convert_checkpoint
 from pipeline.checkpoint.convert_processes import convert_in_processes
 from pipeline.checkpoint.options import ConvertOptions
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.writer import check_room
-from pipeline.config import LaunchMode
 from pipeline.errors import CheckpointError, PlanError, StageError
 from pipeline.launch import processes_that_fit
 from pipeline.memory import _cgroups_free, free_memory_bytes

@@ -35,6 +35,7 @@ LAYERS: list[set[str]] = [
     {"workspace", "external", "launch"},
     {"publish", "manifest"},
     {"config", "store"},
+    {"build_config"},
     {"calibration_config"},
     {
         "memory",
