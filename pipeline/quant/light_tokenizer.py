@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import CheckpointError
 from pipeline.quant.data import DialogueEncoder, Message
 from pipeline.tokenizer_file import load_tokenizer_file
 
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 _RULES = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens")
 """Fields of tokenizer_config.json that change what the class does."""
+
+_QUICK_BYTES = 1 << 20
+"""Larger tokenizer.json files take tenths of a second."""
 
 
 def encoder_of(source_dir: Path, *, dialogues: bool) -> DialogueEncoder:
@@ -31,10 +35,26 @@ def encoder_of(source_dir: Path, *, dialogues: bool) -> DialogueEncoder:
     from pipeline.quant.source import SourceTokenizer
 
     config = _config(source_dir)
-    plain = config.get("tokenizer_class") == _PLAIN_CLASS and not set(_RULES) & set(config)
-    if plain and not dialogues and (source_dir / "tokenizer.json").is_file():
+    if _is_plain(source_dir, config) and not dialogues:
         return LightTokenizer(source_dir, config)
     return SourceTokenizer(source_dir)
+
+
+def quick_encoder(source_dir: Path) -> LightTokenizer | None:
+    """The tokenizer, where the tokenizers library reads it rightly, alone and in a moment."""
+    config, path = _config(source_dir), source_dir / "tokenizer.json"
+    if not _is_plain(source_dir, config) or path.stat().st_size > _QUICK_BYTES:
+        return None
+    try:
+        return LightTokenizer(source_dir, config)
+    except CheckpointError:  # whoever needs the tokenizer reports it
+        return None
+
+
+def _is_plain(source_dir: Path, config: dict[str, Any]) -> bool:
+    """Whether transformers adds nothing to tokenizer.json."""
+    plain = config.get("tokenizer_class") == _PLAIN_CLASS and not set(_RULES) & set(config)
+    return plain and (source_dir / "tokenizer.json").is_file()
 
 
 def _config(source_dir: Path) -> dict[str, Any]:

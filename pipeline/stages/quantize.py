@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import LoadedConfig
-from pipeline.quant.choose import budget_bits
+from pipeline.config import LoadedConfig, QuantizeConfig
+from pipeline.quant.choose import algorithm_of, budget_bits
 from pipeline.quant.data import CalibrationData
-from pipeline.quant.formats import MIXED
+from pipeline.quant.formats import FORMATS, GROUP_SIZES, MIXABLE, MIXED
 from pipeline.quant.layers.commits import MEASURED, finished_layers
+from pipeline.quant.recipe import ALGORITHMS
 from pipeline.stages.quantize_problems import formats_to_mix
 from pipeline.stages.stage import StageContext, StageDefaults
 from pipeline.stages.texts import (
@@ -28,7 +29,7 @@ class Quantize(StageDefaults):
     """ModelOpt on the calibration text. Independent of tp and pp: a new mapping does not repeat it."""
 
     name = "quantize"
-    version = 2
+    version = 3
     resumable = True
 
     def finished_parts(self, work_dir: Path) -> str:
@@ -45,8 +46,10 @@ class Quantize(StageDefaults):
     def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
         """Everything but where activations lie, and which text: a local one is an external file."""
         unread = {"asymmetric", "max_memory_gb", "calibration", "sensitivity"}
-        quantize = loaded.config.quantize
+        quantize = effective(loaded.config.quantize)
         subset = quantize.model_dump(mode="json", exclude=unread)
+        if quantize.lm_head == "fp16":
+            del subset["lm_head"]  # so that what was made before there was a choice is still found
         if quantize.format == MIXED:
             subset["sensitivity"] = quantize.sensitivity
             subset["candidates"] = list(formats_to_mix(loaded))
@@ -71,7 +74,7 @@ class Quantize(StageDefaults):
         from pipeline.quant.quantizer import QuantizeOptions, quantize_windows
         from pipeline.quant.source import SourceTokenizer
 
-        quantize = context.loaded.config.quantize
+        quantize = effective(context.loaded.config.quantize)
         calibration = quantize.calibration
         memory_gb = quantize.max_memory_gb
         options = QuantizeOptions(
@@ -87,6 +90,7 @@ class Quantize(StageDefaults):
             kv_cache=quantize.kv_cache,
             inputs=calibration.inputs,
             keep=quantize.keep,
+            lm_head=quantize.lm_head,
             max_memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
             **_mixed_options(context.loaded),
         )
@@ -113,6 +117,25 @@ class Quantize(StageDefaults):
             "mean_relative_weight_error": report["mean_relative_weight_error"],
             "calibration_warnings": list(data.warnings),
         }
+
+
+def effective(quantize: QuantizeConfig) -> QuantizeConfig:
+    """The section without what changes nothing, so that two ways to say the same have one key.
+
+    The usual algorithm is none, a format without groups has the usual group size, and `keep` has no
+    order.
+    """
+    wanted = MIXABLE if quantize.format == MIXED else (quantize.format,)
+    formats = [name for name in wanted if name in ALGORITHMS]
+    asked = quantize.algorithm
+    usual = all(algorithm_of(name, asked) == ALGORITHMS[name][0] for name in formats)
+    grouped = any(FORMATS[name].group_size for name in formats)
+    changes = {
+        "algorithm": None if usual else asked,
+        "group_size": quantize.group_size if grouped else GROUP_SIZES[-1],
+        "keep": tuple(sorted(set(quantize.keep))),
+    }
+    return quantize.model_copy(update=changes)
 
 
 def _mixed_options(loaded: LoadedConfig) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from pipeline.config import LoadedConfig
 from pipeline.errors import Problem
-from pipeline.models import ModelShape
+from pipeline.models import ARCHITECTURES, ModelShape
 from pipeline.models.linears import decoder_linears
-from pipeline.quant.backends import TENSORRT_LLM, kv_cache_refusal, refusal
+from pipeline.quant.backends import TENSORRT_LLM, kv_cache_refusal, lm_head_refusal, refusal
 from pipeline.quant.choose import (
     MODELOPT_SEARCH,
     budget_bits,
@@ -23,6 +24,7 @@ from pipeline.quant.sensitivity.groups import budget_problems, candidates, forma
 from pipeline.targets import TARGETS
 
 _SHOWN = 3
+DEVICES = Path("/dev")
 
 
 def quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:
@@ -30,6 +32,7 @@ def quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:
     yield from _algorithm_problems(loaded)
     yield from _budget_problems(loaded)
     yield from _idle_problems(loaded)
+    yield from _device_problems(loaded)
     quantize = loaded.config.quantize
     if quantize.format == "fp16" and quantize.kv_cache != "fp16":
         what = f"{quantize.kv_cache}, but nothing is calibrated with quantize.format fp16"
@@ -39,7 +42,7 @@ def quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:
 
 def calibration_problems(loaded: LoadedConfig, shape: ModelShape) -> Iterator[Problem]:
     """Windows that are longer than the model's positions, where anything is calibrated."""
-    quantize, limit = loaded.config.quantize, shape.max_position_embeddings
+    quantize, limit = loaded.written.quantize, shape.max_position_embeddings
     if quantize.format != "fp16" and quantize.calibration.seq_len > limit:
         where = loaded.where("quantize", "calibration", "seq_len")
         what = f"{quantize.calibration.seq_len} is more than the model's max_position_embeddings"
@@ -69,13 +72,37 @@ def keep_problems(loaded: LoadedConfig, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(where, f"and {len(split) - _SHOWN} groups more in the same way")
 
 
+def lm_head_problems(loaded: LoadedConfig, shape: ModelShape) -> Iterator[Problem]:
+    """A head that is rounded where nothing else is, that is no tensor of its own, or cannot run."""
+    config = loaded.config
+    wanted, where = config.quantize.lm_head, loaded.where("quantize", "lm_head")
+    if wanted == "fp16":
+        return
+    if config.quantize.format == "fp16":
+        what = f"{wanted}, but nothing is quantized with quantize.format fp16"
+        yield Problem(where, what, "fp16", "choose another quantize.format")
+    if ARCHITECTURES[shape.architecture].shares_head:
+        what = f"{wanted}, but {shape.architecture} always shares its head with the embedding"
+        yield Problem(where, what, "fp16")
+    num_rows = -(-shape.vocab_size // config.mapping.tp)
+    if num_rows % 2 and config.build.backend.startswith("tensorrt"):
+        what = (
+            f"{wanted}, but lm_head has {num_rows} rows on a rank: TensorRT fuses no product with "
+        )
+        yield Problem(where, f"{what}an odd number", "fp16")
+    backend = TENSORRT_LLM if loaded.converts_only else config.build.backend
+    refused = lm_head_refusal(wanted, backend, TARGETS[config.target].sm)
+    if refused is not None and not loaded.converts_only:
+        yield Problem(where, f"{wanted}: {refused.reason} ({refused.source})", "fp16")
+
+
 def kv_cache_problems(loaded: LoadedConfig, fmt: QuantFormat) -> Iterator[Problem]:
     """A quantized KV cache for an engine that keeps its own in fp16."""
     config = loaded.config
     refused = kv_cache_refusal(fmt.kv_cache, config.build.backend, TARGETS[config.target].sm)
     if refused is not None and not loaded.converts_only:
         where = loaded.where("quantize", "kv_cache")
-        fix = "build.backend: none writes the checkpoint with its scales and stops there"
+        fix = "build.backend: tensorrt_llm, or none to end with the checkpoint and its scales"
         yield Problem(where, f"{fmt.kv_cache}: {refused.reason}", "fp16", fix)
 
 
@@ -119,6 +146,18 @@ def tensorrt_llm_notes(loaded: LoadedConfig, fmt: QuantFormat) -> Iterator[str]:
     refused = kv_cache_refusal(fmt.kv_cache, TENSORRT_LLM, target.sm)
     if refused is not None:
         yield f"TensorRT-LLM does not run this KV cache {on}: {refused.reason} ({refused.source})"
+
+
+def _device_problems(loaded: LoadedConfig) -> Iterator[Problem]:
+    if loaded.config.quantize.device == "cuda" and not has_nvidia_device(DEVICES):
+        where, what = loaded.where("quantize", "device"), "cuda, but this machine has no NVIDIA GPU"
+        fix = "plan where the GPU is, or set quantize.device: cpu"
+        yield Problem(where, what, "cpu", fix)
+
+
+def has_nvidia_device(directory: Path) -> bool:
+    """Whether the driver shows a GPU there; asked without torch."""
+    return any(next(directory.glob(name), None) for name in ("nvidia[0-9]*", "dxg"))
 
 
 def _algorithm_problems(loaded: LoadedConfig) -> Iterator[Problem]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.calibration_config import BUNDLED, HubFile
 from pipeline.config import LoadedConfig
 from pipeline.demo import CALIBRATION_PATH, HELDOUT_PATH
-from pipeline.errors import Problem
+from pipeline.errors import PlanError, Problem
 from pipeline.quant.data import (
     CalibrationData,
     DialogueEncoder,
     Document,
+    TextEncoder,
     TextFile,
     calibration_data,
     load_documents,
@@ -23,6 +26,7 @@ from pipeline.quant.data.characters import profile
 from pipeline.quant.data.hub import download_dataset_file
 from pipeline.quant.data.preflight import Needed, beginning, file_problems
 from pipeline.quant.data.report import comparison_warnings
+from pipeline.quant.light_tokenizer import quick_encoder
 
 CALIBRATION_KEYS = ("quantize", "calibration")
 HELDOUT_KEYS = ("verify",)
@@ -89,10 +93,16 @@ def load_calibration(
     """The windows that the config asks for, and their report.
 
     Raises:
-        PlanError, ToolError: see `calibration_file` and `calibration_data`.
+        PlanError, ToolError: see `calibration_file` and `calibration_data`; with the YAML's line.
     """
     options = loaded.config.quantize.calibration
-    return calibration_data(calibration_file(loaded), encoder, options, vocab_size=vocab_size)
+    source = calibration_file(loaded)
+    try:
+        return calibration_data(source, encoder, options, vocab_size=vocab_size)
+    except PlanError as error:
+        line = loaded.where(*CALIBRATION_KEYS, "data")
+        places = [replace(each, where=f"{line}: {each.where}") for each in error.problems]
+        raise PlanError(places) from error
 
 
 def load_heldout(loaded: LoadedConfig) -> list[Document]:
@@ -109,15 +119,20 @@ def text_problems(loaded: LoadedConfig, source_dir: Path | None) -> Iterator[Pro
     """Everything that shows in moments that a text cannot be used; missing files are the plan's.
 
     Args:
-        source_dir: the checkpoint, for its chat template; None before a download.
+        source_dir: the checkpoint, for its tokenizer; None before a download.
     """
-    if not loaded.converts_only:
+
+    @functools.cache
+    def encoder() -> TextEncoder | None:
+        return None if source_dir is None else quick_encoder(source_dir)
+
+    if loaded.has_network:
         verify = loaded.config.verify
         yield from file_problems(
             heldout_file(loaded),
             lambda *keys: loaded.where(*HELDOUT_KEYS, *keys),
             source_dir,
-            Needed(verify.num_windows, verify.seq_len),
+            Needed(verify.num_windows, verify.seq_len, encoder=encoder),
         )
     if loaded.config.quantize.format == "fp16":
         return
@@ -134,7 +149,8 @@ def text_problems(loaded: LoadedConfig, source_dir: Path | None) -> Iterator[Pro
             calibration.num_samples,
             calibration.seq_len,
             padded=calibration.layout == "padded",
-            drop_null=calibration.clean.drop_null,
+            clean=calibration.clean,
+            encoder=encoder,
         ),
     )
 
@@ -146,7 +162,7 @@ def comparison_notes(loaded: LoadedConfig) -> list[str]:
     """
     path, calibration = calibration_path(loaded), loaded.config.quantize.calibration
     bundled = (path, heldout_path(loaded)) == (CALIBRATION_PATH, HELDOUT_PATH)
-    if path is None or bundled or loaded.converts_only or loaded.config.quantize.format == "fp16":
+    if path is None or bundled or not loaded.has_network or loaded.config.quantize.format == "fp16":
         return []
     source = TextFile(path, calibration.column, calibration.messages)
     texts = (beginning(source), beginning(heldout_file(loaded)))
@@ -158,7 +174,7 @@ def heldout_warnings(loaded: LoadedConfig, data: CalibrationData) -> list[str]:
 
     Not a part of the calibration's report: what is quantized does not depend on the held-out text.
     """
-    if loaded.converts_only:
+    if not loaded.has_network:
         return []
     heldout = profile(beginning(heldout_file(loaded)))
     return list(comparison_warnings(data.characters, heldout))

@@ -94,12 +94,17 @@ def test_warnings_of_the_comparison_with_the_held_out_text(
         (
             f"{DEMO}quantize: {{calibration: {{{BODY}, num_samples: 1, seq_len: 8}}}}\n",
             2,
-            "calibration text: 3 tokens give 0 windows of 8 tokens, 1 were asked for",
+            "a.jsonl: 3 tokens give 0 windows of 8 tokens, 1 were asked for",
         ),
         (
             f"{DEMO}quantize: {{calibration: {{data: a.jsonl, column: body}}}}\n",
             2,
             "a.jsonl: holds 10 bytes of text, 128 windows of 256 tokens need 32768 tokens",
+        ),
+        (
+            f"{DEMO}quantize: {{calibration: {{num_samples: 300}}}}\n",
+            2,
+            "x.yaml:2: quantize.calibration.data: ",
         ),
     ],
 )

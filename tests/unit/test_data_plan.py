@@ -16,6 +16,7 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan, make_plan
 from pipeline.quant.data.preflight import CHECK_BYTES
+from pipeline.stages.quantize import Quantize
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
 from tests.tiny_text import made_up_texts
@@ -185,6 +186,24 @@ def test_a_hub_file_replaces_the_data_of_the_parent(tmp_path: Path) -> None:
         ),
         (
             "a.jsonl",
+            json.dumps({"text": "words " * 12}),
+            {},
+            "quantize.calibration.data: a.jsonl: ",  # the tokenizer says how many windows
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"text": "words " * 99}),
+            {"clean": {"min_chars": 1000}},
+            "quantize.calibration.data: a.jsonl: cleaning left none of its 1 documents; fix: loosen",
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"text": "http://example.org/" + "words" * 99 + " rest"}),
+            {"clean": {"remove_urls": True}},
+            "quantize.calibration.data: a.jsonl: holds 5 bytes of text, 4 windows of 32 tokens need",
+        ),
+        (
+            "a.jsonl",
             '{"text": "a"}\n',
             {"layout": "padded"},
             "quantize.calibration.data: a.jsonl: holds 1 documents, 4 padded samples are asked for",
@@ -268,6 +287,32 @@ def test_what_decides_the_key(build: Path, tmp_path: Path) -> None:
     ]
     keys = {_quantize_key(build, tmp_path, **options) for options in other}
     assert len(keys | {usual}) == len(other) + 1
+
+
+def test_too_few_windows_of_the_demos_own_texts_are_counted(tmp_path: Path) -> None:
+    config = _config(tmp_path, "num_samples: 275")
+    (problem,) = _plan(config, tmp_path).config_problems
+    assert "give 274 windows of 256 tokens, 275 were asked for" in str(problem)
+    assert str(problem).startswith(f"{config}:3: quantize.calibration.data: ")
+    assert not _plan(_config(tmp_path, "num_samples: 274"), tmp_path).config_problems
+
+
+def test_two_ways_to_say_the_same_have_one_key(build: Path, tmp_path: Path) -> None:
+    def subset(**quantize: Any) -> dict[str, Any]:
+        data = yaml.safe_load(_variant(build, tmp_path, {}).read_text())
+        data["quantize"].update(quantize)
+        path = tmp_path / "variant.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return Quantize().config_subset(load_config(path))
+
+    assert subset() == subset(algorithm="awq") != subset(algorithm="gptq")
+    assert subset() != subset(group_size=128)
+    assert subset(format="fp8") == subset(format="fp8", group_size=128, algorithm="max")
+    mixed = {"format": "mixed", "budget": "4.5 bits"}
+    assert subset(**mixed) == subset(**mixed, algorithm="awq") != subset(**mixed, group_size=128)
+    one, other = "*.down_proj", "model.layers.1.self_attn.*"
+    kept = [subset(keep=names) for names in ([one, other], [other, one, one], [one])]
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_another_script_than_the_held_out_text_is_noted(build: Path, tmp_path: Path) -> None:

@@ -366,6 +366,19 @@ def test_several_devices_share_the_batches(source: Path, tmp_path: Path) -> None
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("fmt", ["int4_awq", "w4a8_awq"])
+def test_one_pass_for_statistics_and_outputs_gives_the_bytes_of_two(
+    source: Path, tmp_path: Path, fmt: str
+) -> None:
+    def by_another_name(*args: Any) -> Any:
+        return quantize_layer(*args)
+
+    two_passes = LayerTools(by_another_name, pack_layer)
+    one = quantize(source, tmp_path / "one", format=fmt)
+    two = quantize(source, tmp_path / "two", format=fmt, tools=two_passes)
+    assert contents(one) == contents(two)
+
+
 def test_progress_says_layer_loss_memory_and_time_left(source: Path, tmp_path: Path) -> None:
     notes = Notes()
     quantize(source, tmp_path / "out", progress=notes)

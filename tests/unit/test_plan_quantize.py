@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.plan import Plan, make_plan
+from pipeline.stages import quantize_problems
 from pipeline.stages.quantize_problems import formats_to_mix
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
@@ -126,7 +127,7 @@ Q = "model.layers.0.self_attn."
             {"kv_cache": "fp8"},
             "kv_cache",
             "fp8: the engines built here keep their KV cache in fp16; allowed: fp16; "
-            "fix: build.backend: none writes the checkpoint with its scales and stops there",
+            "fix: build.backend: tensorrt_llm, or none to end with the checkpoint and its scales",
         ),
         (
             {"calibration": {"data": "text.txt", "num_samples": 8, "seq_len": 300}},
@@ -166,6 +167,21 @@ def test_what_goes_together(root: Path, quantize: dict[str, Any]) -> None:
     assert plan_of(root, quantize=quantize).problems == ()
 
 
+def test_a_gpu_is_looked_for_before_anything_is_loaded(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_problems, "DEVICES", tmp_path)
+    (problem,) = plan_of(root, quantize={"device": "cuda"}).config_problems
+    assert str(problem).endswith(
+        ": quantize.device: cuda, but this machine has no NVIDIA GPU; allowed: cpu; fix: plan "
+        "where the GPU is, or set quantize.device: cpu"
+    )
+    (tmp_path / "nvidiactl").touch()
+    assert plan_of(root, quantize={"device": "cuda"}).config_problems
+    (tmp_path / "nvidia0").touch()
+    assert not plan_of(root, quantize={"device": "cuda"}).config_problems
+
+
 def test_windows_are_measured_wherever_something_is_calibrated(root: Path) -> None:
     long = {"calibration": {"data": "text.txt", "num_samples": 8, "seq_len": 300}}
     checkpoint_only = plan_of(root, quantize=long, backend="none").config_problems
@@ -203,7 +219,7 @@ def test_padding_for_a_budget_is_that_of_int4(tmp_path: Path) -> None:
     padded = planned(tp=2, pad_ffn=True)
     assert padded.problems == ()
     assert padded.forecast is not None
-    assert padded.forecast.shape.padded_intermediate_size == 256
+    assert padded.forecast.subject.shape.padded_intermediate_size == 256
 
 
 def test_sizes_follow_what_is_kept_and_the_budget(root: Path) -> None:
@@ -236,7 +252,7 @@ def test_notes_of_a_checkpoint_for_tensorrt_llm(
     assert plan.problems == ()
     assert plan.forecast is not None
     # 2 tensors x 2 layers x 2 heads of 32, two bytes or one
-    assert plan.forecast.kv_bytes_per_token == (256 if "kv_cache" in quantize else 512)
+    assert plan.forecast.fullest.kv_bytes_per_token == (256 if "kv_cache" in quantize else 512)
     assert len(plan.notes) == bool(note)
     assert all(note in found for found in plan.notes)
 

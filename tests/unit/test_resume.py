@@ -25,6 +25,7 @@ from pipeline.stages import STAGES
 from pipeline.store import Action, Store, replace_json
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
+from tests.run_views import Recorder
 from tests.tiny import write_tiny_llama
 from tests.tiny_text import write_tiny_tokenizer
 from tests.unit.test_layerwise import (
@@ -35,7 +36,6 @@ from tests.unit.test_layerwise import (
     random_windows,
     write_source,
 )
-from tests.unit.test_run import Recorder
 
 NUM_LAYERS = 4
 DEADLINE_S = 120.0

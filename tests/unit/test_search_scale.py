@@ -65,3 +65,17 @@ def test_one_row_whose_error_overflows_is_not_a_number_like_others() -> None:
     found = search_scale(linears, mean_K, amax_K, GROUP)
     assert found.rtn_losses[0] == found.losses[0] == float("inf")
     assert found.rtn_losses[1] < 1e6
+
+
+def test_scales_that_are_nearly_equal_are_not_told_apart_to_the_last_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TK = torch.randn(600, 1024, generator=generator)  # no channel stands out
+    moment = SecondMoment(1024)
+    moment.add(x_TK)
+    weight_NK = torch.randn(4096, 1024, generator=generator) * 0.05
+    statistics = (x_TK.abs().mean(0), x_TK.abs().amax(0))
+    found = search_scale([ScaledWeight(weight_NK, moment)], *statistics, 128)
+    assert len(found.curve) <= 4
+    rows = [ScaledWeight(weight_NK, moment)]
+    every = search_scale(rows, *statistics, 128, exhaustive=True)
+    assert found.losses[0] <= min(every.curve.values()) * (1 + scale.EQUAL)

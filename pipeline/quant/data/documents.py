@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,12 @@ DEFAULT_COLUMN: Final = "text"
 
 MAX_LISTED: Final = 20
 """Problems listed for one file; a file in the wrong format has as many as it has lines."""
+
+MAX_ALIKE: Final = 3
+"""Of them, those that say the same but for numbers."""
+
+
+_NUMBERS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -84,18 +92,21 @@ Row = Document | NullRow
 
 
 class RowProblems:
-    """Collects what is wrong with the rows of one file, and lists the first MAX_LISTED of it."""
+    """Collects what is wrong with the rows of one file; lists MAX_LISTED of it, MAX_ALIKE of a kind."""
 
     def __init__(self, path: Path, allowed: str) -> None:
         self._path = path
         self._allowed = allowed
         self._problems: list[Problem] = []
         self._number = 0
+        self._alike: Counter[str] = Counter()
 
     def add(self, where: str, what: str) -> None:
         """Note one wrong row."""
         self._number += 1
-        if len(self._problems) < MAX_LISTED:
+        kind = _NUMBERS.sub("0", what)
+        self._alike[kind] += 1
+        if self._alike[kind] <= MAX_ALIKE and len(self._problems) < MAX_LISTED:
             self._problems.append(Problem(where, what, allowed=self._allowed))
 
     def raise_any(self) -> None:

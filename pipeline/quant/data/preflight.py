@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from pipeline.calibration_config import CleanConfig
 from pipeline.errors import PipelineError, Problem
-from pipeline.quant.data.documents import TextFile
+from pipeline.quant.data.candidates import packed, room_for_text
+from pipeline.quant.data.cleaning import CleaningCounts, cleaned
+from pipeline.quant.data.documents import Document, TextFile
+from pipeline.quant.data.encoding import TextEncoder
 from pipeline.quant.data.parquet import parquet_num_rows
 from pipeline.quant.data.readers import READERS, documents
-from pipeline.quant.data.selection import no_text
+from pipeline.quant.data.selection import check_enough, cleaned_away, no_text
 
 CHECK_BYTES: Final = 4 << 20
 """Larger files are read to the end only when they are used: plan takes less than a second."""
 
+COUNT_BYTES: Final = 1 << 19
+"""Of a text up to this size the windows are counted, with the tokenizer itself."""
+
+AMPLE_BYTES_PER_TOKEN: Final = 8
+"""A text with so many for each token that is asked for need not be counted."""
+
 COMPARE_CHARS: Final = 1 << 18
 """Enough characters to know what kind of text it is."""
+
+
+_NO_CLEANING: Final = CleanConfig()
 
 
 @dataclass(frozen=True)
@@ -28,13 +41,15 @@ class Needed:
     Attributes:
         num_windows, seq_len: windows and their tokens.
         padded: each window takes a document of its own.
-        drop_null: null cells are left out.
+        clean: what is taken out before anything is cut.
+        encoder: the tokenizer, if it is there and quick to open; None: bytes have to do.
     """
 
     num_windows: int
     seq_len: int
     padded: bool = False
-    drop_null: bool = False
+    clean: CleanConfig = _NO_CLEANING
+    encoder: Callable[[], TextEncoder | None] = lambda: None
 
 
 def file_problems(
@@ -90,13 +105,48 @@ def _content_problem(source: TextFile, needed: Needed) -> Problem | None:
     large = source.path.stat().st_size > CHECK_BYTES
     if source.path.suffix == ".parquet" and large:
         return _too_few(source.path, parquet_num_rows(source), needed)
-    number = length = 0
-    for document in documents(source, on_null=(lambda: None) if needed.drop_null else None):
-        number += bool(document.content.strip())
-        length += len(document.content.encode())
-        if length > CHECK_BYTES:
-            return None
-    return _too_few(source.path, number, needed) or _too_short(source.path, length, number, needed)
+    counts = CleaningCounts()
+    start = _Beginning(
+        documents(source, on_null=(lambda: None) if needed.clean.drop_null else None)
+    )
+    kept = list(cleaned(start, needed.clean, counts))
+    if start.is_cut:
+        return None
+    if not kept and counts.read:
+        return cleaned_away(source.path, counts.read)
+    length = sum(len(document.content.encode()) for document in kept)
+    problem = _too_few(source.path, len(kept), needed)
+    problem = problem or _too_short(source.path, length, len(kept), needed)
+    if problem is None and length <= COUNT_BYTES and source.messages is None:
+        _count(source.path, kept, length, needed)
+    return problem
+
+
+class _Beginning:
+    """The first CHECK_BYTES of documents; `is_cut`: there are more."""
+
+    def __init__(self, read: Iterator[Document]) -> None:
+        self._read = read
+        self.is_cut = False
+
+    def __iter__(self) -> Iterator[Document]:
+        length = 0
+        for document in self._read:
+            length += len(document.content.encode())
+            if length > CHECK_BYTES:
+                self.is_cut = True
+                return
+            yield document
+
+
+def _count(path: Path, kept: Sequence[Document], length: int, needed: Needed) -> None:
+    """Raise what using the text would raise, if it gives fewer windows than are asked for."""
+    if needed.padded or length >= AMPLE_BYTES_PER_TOKEN * needed.num_windows * needed.seq_len:
+        return
+    encoder = needed.encoder()
+    if encoder is not None:
+        candidates = packed(kept, encoder, room_for_text(encoder, needed.seq_len, str(path)))
+        check_enough(candidates, needed.num_windows, needed.seq_len, str(path))
 
 
 def _too_few(path: Path, number: int, needed: Needed) -> Problem | None:

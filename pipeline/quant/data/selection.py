@@ -80,7 +80,7 @@ def calibration_data(
     piece_len = room_for_text(encoder, options.seq_len, CALIBRATION_TEXT)
     form = packed if options.layout == "packed" else one_per_document
     candidates = form(kept, encoder, piece_len)
-    _check_enough(candidates, options.num_samples, options.seq_len, CALIBRATION_TEXT)
+    check_enough(candidates, options.num_samples, options.seq_len, CALIBRATION_TEXT)
     chosen_C = choose(candidates, options.num_samples, options.strategy, options.seed)
     windows = _windows(candidates, chosen_C, encoder, options.seq_len, options.padding)
     if options.layout == "packed":
@@ -100,8 +100,7 @@ def _pool(source: TextFile, options: CalibrationConfig, counts: CleaningCounts) 
     max_chars = pool_chars(options.num_samples, options.seq_len)
     kept = pool(cleaned(read, options.clean, counts), options.seed, max_chars)
     if not kept and counts.read:
-        what = f"cleaning left none of its {counts.read} documents"
-        raise PlanError(Problem(str(source.path), what, fix="loosen `clean:`"))
+        raise PlanError(cleaned_away(source.path, counts.read))
     if not kept:
         raise PlanError(no_text(source.path))
     return kept
@@ -130,6 +129,12 @@ def load_texts(path: Path) -> list[str]:
         PlanError: see `load_documents`.
     """
     return [document.text for document in load_documents(TextFile(path))]
+
+
+def cleaned_away(path: Path, number: int) -> Problem:
+    """The problem of a file whose documents `clean:` drops, all of them."""
+    what = f"cleaning left none of its {number} documents"
+    return Problem(str(path), what, fix="loosen `clean:`")
 
 
 def no_text(path: Path) -> Problem:
@@ -161,12 +166,13 @@ def token_windows(
     piece_len = room_for_text(encoder, seq_len, what)
     listed = (Document(what, text=text) if isinstance(text, str) else text for text in texts)
     candidates = packed(listed, encoder, piece_len)
-    _check_enough(candidates, num_windows, seq_len, what)
+    check_enough(candidates, num_windows, seq_len, what)
     chosen_C = choose(candidates, num_windows, "random", seed)
     return _windows(candidates, chosen_C, encoder, seq_len, "right")
 
 
-def _check_enough(candidates: Candidates, wanted: int, seq_len: int, what: str) -> None:
+def check_enough(candidates: Candidates, wanted: int, seq_len: int, what: str) -> None:
+    """Raise PlanError when a text called `what` gives fewer than `wanted` windows."""
     available = len(candidates.pieces)
     if available < wanted:
         raise PlanError(

@@ -16,6 +16,8 @@ import torch
 from pipeline.errors import Problem, StageError
 from pipeline.quant.layers.batches import Batch
 
+ROOM_FIX = "make room, or use fewer or shorter calibration samples; finished layers are kept"
+
 
 class HiddenStates:
     """[B, T, H] of every batch, one after the other in a file of plain values without header.
@@ -32,8 +34,13 @@ class HiddenStates:
         dtype: torch.dtype,
         *,
         in_memory: bool,
+        room_fix: str = ROOM_FIX,
     ) -> None:
+        """Args:
+        room_fix: what to do when the disk has no room.
+        """
         self.path = path
+        self._room_fix = room_fix
         self._dtype = dtype
         self._shapes = [(*batch.tokens_BT.shape, hidden_size) for batch in batches]
         self._offsets = [0]
@@ -99,8 +106,7 @@ class HiddenStates:
     def _no_room(self) -> Problem:
         free = shutil.disk_usage(self.path.parent).free
         what = f"needs {self.num_bytes} bytes for hidden states, {free} are free on the disk"
-        fix = "make room, or use fewer or shorter calibration samples; finished layers are kept"
-        return Problem(str(self.path), what, fix=fix)
+        return Problem(str(self.path), what, fix=self._room_fix)
 
 
 def fits_in_memory(num_bytes: int, max_bytes: int) -> bool:

@@ -22,6 +22,7 @@ from pipeline.quant.layers.hidden import HiddenStates
 from pipeline.quant.layers.skeleton import layer_of
 
 FLOAT16_FIX = "a model made for bfloat16 can overflow in float16: save its checkpoint in bfloat16"
+CALIBRATION = "calibration sample"
 
 
 class Outputs(Protocol):
@@ -39,27 +40,48 @@ class LayerPasses:
     """
 
     def __init__(
-        self, frame: Frame, batches: Sequence[Batch], layers_path: str, devices: Sequence[str]
+        self,
+        frame: Frame,
+        batches: Sequence[Batch],
+        layers_path: str,
+        devices: Sequence[str],
+        *,
+        window_name: str = CALIBRATION,
     ) -> None:
         """Args:
         devices: torch devices. Statistics are gathered on the first; `outputs` of a layer are
             computed on all, each taking its share of the batches. Several were never run.
+        window_name: how errors call a window.
         """
         self.returns_tuple = False
+        self._window_name = window_name
         self._frame = frame
         self._batches = batches
         self._layers_path = layers_path
         self._devices = devices
 
-    def forward_loop(self, layer: int, inputs: HiddenStates) -> Callable[[nn.Module], None]:
-        """What ModelOpt calls with the mini of a layer to show it its calibration inputs."""
+    def forward_loop(
+        self, layer: int, inputs: HiddenStates, outputs: Outputs | None = None
+    ) -> Callable[[nn.Module], None]:
+        """What ModelOpt calls with the mini of a layer to show it its calibration inputs.
+
+        Args:
+            outputs: gets what the layer computes, too; of the last call.
+        """
 
         def loop(mini: nn.Module) -> None:
             block = layer_of(mini, self._layers_path)
             for index in range(len(self._batches)):
-                self._run(block, layer, index, inputs, self._devices[0])
+                output_BTH = self._run(block, layer, index, inputs, self._devices[0])
+                if outputs is not None:
+                    outputs.put(index, output_BTH)
 
         return loop
+
+    @property
+    def one_device(self) -> bool:
+        """Whether `outputs` has nothing to share out."""
+        return len(self._devices) == 1
 
     def outputs(self, mini: nn.Module, layer: int, inputs: HiddenStates, outputs: Outputs) -> None:
         """Fill `outputs` with what the mini's layer makes of `inputs`.
@@ -96,17 +118,41 @@ class LayerPasses:
         except StageError as error:  # of a search that watches what linears read
             found = _first_not_finite(block, hidden_BTH, call)
             raise (
-                error if found is None else StageError(_not_finite(found, layer, batch, None))
+                error if found is None else StageError(self._problem(found, layer, batch, None))
             ) from error
         self.returns_tuple = isinstance(result, tuple)
         output_BTH: torch.Tensor = result[0] if self.returns_tuple else result
         if not bool(torch.isfinite(output_BTH).all()):
             found = _first_not_finite(block, hidden_BTH, call) or _Found("output", output_BTH)
-            raise StageError(_not_finite(found, layer, batch, output_BTH))
+            raise StageError(self._problem(found, layer, batch, output_BTH))
         return output_BTH
 
+    def _problem(
+        self, found: _Found, layer: int, batch: Batch, output_BTH: torch.Tensor | None
+    ) -> Problem:
+        """Args:
+        output_BTH: of the layer, which knows its windows; None: it got no further than `found`.
+        """
+        values = found.values if output_BTH is None else output_BTH
+        if values.shape[:2] == batch.tokens_BT.shape:
+            window = f"{self._window_name} {_sample(batch, values)}"
+        else:  # tokens of an expert
+            window = f"one of {self._window_name}s {', '.join(map(str, batch.windows))}"
+        is_half = values.dtype == torch.float16
+        return Problem(
+            f"layer {layer}, {found.name}, {window}",
+            f"values that are not finite{found.cause}",
+            fix=FLOAT16_FIX if is_half else "check the weights of this layer",
+        )
 
-def fill_embedded(hidden: HiddenStates, frame: Frame, batches: Sequence[Batch]) -> None:
+
+def fill_embedded(
+    hidden: HiddenStates,
+    frame: Frame,
+    batches: Sequence[Batch],
+    *,
+    window_name: str = CALIBRATION,
+) -> None:
     """Create `hidden` and fill it with what feeds the first layer.
 
     Raises:
@@ -116,7 +162,7 @@ def fill_embedded(hidden: HiddenStates, frame: Frame, batches: Sequence[Batch]) 
     for index, batch in enumerate(batches):
         values_BTH = frame.embed(batch)
         if not bool(torch.isfinite(values_BTH).all()):
-            where = f"embedding, calibration sample {_sample(batch, values_BTH)}"
+            where = f"embedding, {window_name} {_sample(batch, values_BTH)}"
             raise StageError(Problem(where, "the input of the first layer is not finite"))
         hidden.put(index, values_BTH)
 
@@ -130,43 +176,32 @@ class _Found:
     cause: str = ""
 
 
-def _not_finite(
-    found: _Found, layer: int, batch: Batch, output_BTH: torch.Tensor | None
-) -> Problem:
-    """Args:
-    output_BTH: of the layer, which knows its samples; None: it got no further than `found`.
-    """
-    values = found.values if output_BTH is None else output_BTH
-    if values.shape[:2] == batch.tokens_BT.shape:
-        sample = f"calibration sample {_sample(batch, values)}"
-    else:  # tokens of an expert
-        sample = f"one of calibration samples {', '.join(map(str, batch.windows))}"
-    is_half = values.dtype == torch.float16
-    return Problem(
-        f"layer {layer}, {found.name}, {sample}",
-        f"values that are not finite{found.cause}",
-        fix=FLOAT16_FIX if is_half else "check the weights of this layer",
-    )
-
-
 def _first_not_finite(block: nn.Module, hidden_BTH: torch.Tensor, call: LayerCall) -> _Found | None:
     """Where the first value appears that is not finite: the batch is run again, watched."""
     found: list[_Found] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def before(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_module: nn.Module, args: Any) -> None:
+            given = args[0] if args and isinstance(args[0], torch.Tensor) else None
+            if not found and given is not None and not bool(torch.isfinite(given).all()):
+                found.append(_Found(f"input of {name}", given))
+
+        return hook
+
+    def behind(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            given = args[0] if args and isinstance(args[0], torch.Tensor) else None
-            if found or bool(torch.isfinite(value).all()):
-                return
-            if given is not None and not bool(torch.isfinite(given).all()):
-                found.append(_Found(f"input of {name}", given))
-            else:
+            if not found and not bool(torch.isfinite(value).all()):
+                given = args[0] if args and isinstance(args[0], torch.Tensor) else None
                 found.append(_Found(name, value, _cause(module, given, value)))
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in _parts(block)]
+    handles = []
+    for name, module in _parts(block):
+        # Before the hook of a search, which refuses such an input and ends the run.
+        handles.append(module.register_forward_pre_hook(before(name), prepend=True))
+        handles.append(module.register_forward_hook(behind(name)))
     try:
         with torch.no_grad(), contextlib.suppress(StageError):
             block(hidden_BTH, *call.args, **call.kwargs)

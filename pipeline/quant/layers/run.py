@@ -23,7 +23,7 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.source import QUANT_CONFIG_FILE, HfCheckpoint
 from pipeline.errors import Problem, StageError, ToolError
 from pipeline.memory import free_memory_bytes, give_back_freed
-from pipeline.models.linears import decoder_linears
+from pipeline.models.linears import decoder_linears, head_rule
 from pipeline.progress import Progress
 from pipeline.quant.choose import model_format, recipe_for
 from pipeline.quant.data import TokenWindows
@@ -32,6 +32,7 @@ from pipeline.quant.formats import QuantFormat
 from pipeline.quant.layers.batches import equal_length_batches, used_tokens
 from pipeline.quant.layers.commits import OUTPUTS, PACKED, FinishedLayers
 from pipeline.quant.layers.frame import Frame
+from pipeline.quant.layers.head import Int8Head
 from pipeline.quant.layers.hidden import HiddenStates, fits_in_memory
 from pipeline.quant.layers.passes import LayerPasses, fill_embedded
 from pipeline.quant.layers.shards import missing_ones, write_shards, write_tensors
@@ -44,8 +45,9 @@ from pipeline.quant.report import REPORT_FILE, layer_errors, refuse_incomplete, 
 from pipeline.quant.source import copy_companions
 
 _FINGERPRINTED_TOOLS = ("nvidia-modelopt", "torch", "transformers")
-_NOT_FINGERPRINTED = ("max_memory_bytes", "num_threads")
-"""Another number of threads changes last bits at most; layers made with the old one stay good."""
+_NOT_FINGERPRINTED = ("max_memory_bytes", "num_threads", "lm_head")
+"""Another number of threads changes last bits at most; layers made with the old one stay good. lm_head
+is rounded when the layers are put together."""
 _TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -165,16 +167,29 @@ class LayerwiseRun:
         """The only place where a layer and its quantization are in memory; freed on return."""
 
         mini = self.skeleton.mini(layer).to(self.devices[0])
-        if self.options.inputs == "original":
+        is_original, watched = self.options.inputs == "original", None
+        if is_original and self._watches_original(recipe):
+            watched = outputs
+        elif is_original:
             self.passes.outputs(mini, layer, inputs, outputs)
         prefix = self.skeleton.layer_prefix(layer)
+        loop = self.passes.forward_loop(layer, inputs, watched)
         try:
-            facts = self.tools.quantize(mini, recipe, self.passes.forward_loop(layer, inputs))
+            facts = self.tools.quantize(mini, recipe, loop)
         except StageError as error:
             raise StageError(_with_full_names(error, recipe, prefix)) from error
         tensors = self.tools.pack(mini, recipe, layer)
         _check_facts(facts, recipe, prefix)
         return facts, tensors
+
+    def _watches_original(self, recipe: LayerRecipe) -> bool:
+        """Whether the pass that gathers statistics computes what the layer itself would.
+
+        Our search rounds nothing during its one pass, so a second one would give the same bits.
+        """
+        return (
+            recipe.search == "gram" and recipe.kv_cache == "fp16" and self.passes.one_device
+        ) and self.tools.quantize is _usual_tools().quantize
 
     def _run_packed(
         self, packed: CheckpointReader, layer: int, inputs: HiddenStates, outputs: HiddenStates
@@ -208,6 +223,7 @@ class LayerwiseRun:
             kv_cache=options.kv_cache,
             keep=options.keep,
             chosen=self.chosen,
+            lm_head=options.lm_head,
         )
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -229,9 +245,13 @@ class LayerwiseRun:
         num_layers = self.skeleton.num_layers
         files = [self.finished.packed(layer) for layer in range(num_layers)]
         fmt, shape = self._format(), self.checkpoint.shape
+        reader, outer = self.checkpoint.reader, self.skeleton.outer_tensors()
+        if self.options.lm_head != "fp16":
+            head = Int8Head(reader, shape)
+            reader, outer = head, [*(name for name in outer if name not in head.names), *head.names]
+            shape = dataclasses.replace(shape, tie_word_embeddings=False)
         ones = missing_ones(files, shape, fmt)
-        outer = self.skeleton.outer_tensors()
-        write_shards(out_dir, self.checkpoint.reader, outer, files, ones)
+        write_shards(out_dir, reader, outer, files, ones)
         refuse_incomplete(out_dir, shape, fmt)
         self._describe(out_dir)
 
@@ -242,7 +262,10 @@ class LayerwiseRun:
         for layer in range(num_layers):
             recipe, prefix = self._recipe(layer), self.skeleton.layer_prefix(layer)
             formats |= {f"{prefix}{name}": fmt for name, fmt in recipe.formats.items()}
-        options = self.options
+        options, extra = self.options, {}
+        if options.lm_head != "fp16":
+            formats[head_rule(self.checkpoint.shape).sources[0].name] = options.lm_head
+            extra["tie_word_embeddings"] = False
         described = quant_config_json(
             self.checkpoint.shape,
             formats,
@@ -250,7 +273,11 @@ class LayerwiseRun:
             kv_cache=options.kv_cache,
         )
         _write_json(out_dir / QUANT_CONFIG_FILE, described.hf_quant_config)
-        config = {**self.checkpoint.config, "quantization_config": described.quantization_config}
+        config = {
+            **self.checkpoint.config,
+            **extra,
+            "quantization_config": described.quantization_config,
+        }
         _write_json(out_dir / "config.json", config)
         copy_companions(self.checkpoint.directory, out_dir)
         linears: dict[str, Any] = {}

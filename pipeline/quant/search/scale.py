@@ -6,8 +6,10 @@ what is kept of it: weights multiplied by the scale in their dtype, rounded to i
 inputs multiplied by the reciprocal in their dtype. The candidate "no scale" is round-to-nearest.
 
 Losses are sums over output rows, so candidates race: after each block of rows, those that are behind
-the leader by more than RACE_ERRORS standard errors of the difference (row by row) leave; the winner and
-round-to-nearest are always measured on every row.
+the leader by more than RACE_ERRORS standard errors of the difference (row by row) leave. So do those
+that cannot be ahead by more than EQUAL of the leader's loss, with EQUAL_ERRORS: where no channel stands
+out, as in random weights, all scales are nearly equal, and telling them apart would take every row for
+nothing. The winner and round-to-nearest are always measured on every row.
 
 Shape suffixes: N output features, K input features, R rows of a block, C candidates.
 """
@@ -25,6 +27,11 @@ from pipeline.quant.search.rounding import int4_nearest, row_blocks
 
 ALPHA_STEP = 0.05
 RACE_ERRORS = 6.0
+EQUAL = 0.005
+"""Half a percent of the leader's loss; outlier channels make scales differ by factors."""
+EQUAL_ERRORS = 3.0
+EQUAL_ROWS = 1536
+"""Fewer rows cost so little that their candidates race to the end."""
 RACE_ROWS = 256
 """Rows of a block: enough for a standard error, few enough that most candidates cost little."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -173,6 +180,7 @@ class _Race:
         self._exhaustive = exhaustive
         self._running = list(range(len(scales)))
         self._rows: list[list[torch.Tensor]] = [[] for _ in scales]
+        self._totals = [0.0] * len(scales)
         self._owners: list[tuple[int, int]] = []  # linear and number of rows, in the order of _rows
 
     def run(self, blocks: Sequence[_Block]) -> None:
@@ -182,21 +190,25 @@ class _Race:
             for candidate in self._running:
                 d_RK = scaled_difference(block.w_RK, *self._scales[candidate], self._group_size)
                 losses_R = block.moment.row_losses(d_RK).double().cpu()
-                self._rows[candidate].append(torch.where(losses_R.isnan(), math.inf, losses_R))
+                losses_R = torch.where(losses_R.isnan(), math.inf, losses_R)
+                self._rows[candidate].append(losses_R)
+                self._totals[candidate] += float(losses_R.sum())
         if not self._exhaustive:
             self._drop_beaten()
 
     def _drop_beaten(self) -> None:
         leader = min(self._running, key=self.total)
+        if set(self._running) <= {0, leader}:
+            return
         losses = {candidate: torch.cat(self._rows[candidate]) for candidate in self._running}
         self._running = [
             candidate
             for candidate in self._running
-            if candidate in (0, leader) or not _is_behind(losses[candidate] - losses[leader])
+            if candidate in (0, leader) or not _is_beaten(losses[candidate], losses[leader])
         ]
 
     def total(self, candidate: int) -> float:
-        return float(sum(losses_R.sum() for losses_R in self._rows[candidate]))
+        return self._totals[candidate]
 
     def finalists(self) -> list[int]:
         """Those that were measured on every row."""
@@ -213,8 +225,14 @@ class _Race:
         return tuple(sums)
 
 
-def _is_behind(difference_R: torch.Tensor) -> bool:
+def _is_beaten(losses_R: torch.Tensor, leader_R: torch.Tensor) -> bool:
+    """Whether it is certainly behind the leader, or at best ahead by what does not count."""
+    difference_R = losses_R - leader_R
     if not bool(torch.isfinite(difference_R).all()):
         return True
+    behind = float(difference_R.mean())
     error = float(difference_R.std()) / math.sqrt(len(difference_R))
-    return float(difference_R.mean()) > RACE_ERRORS * error
+    if behind > RACE_ERRORS * error:
+        return True
+    most_ahead = EQUAL_ERRORS * error - behind
+    return len(leader_R) > EQUAL_ROWS and most_ahead < EQUAL * float(leader_R.mean())
