@@ -13,7 +13,7 @@ from pipeline.checkpoint.choices import nearest_choices
 from pipeline.checkpoint.writer import TensorSpec, file_bytes
 from pipeline.errors import Problem
 from pipeline.models import ARCHITECTURES, Fused, ModelShape, Scope, Source, WeightRule
-from pipeline.models.linears import fused_groups, rule_linears
+from pipeline.models.linears import fused_groups, head_rule, rule_linears
 from pipeline.models.rules import LAYER
 from pipeline.parallel import (
     Axis,
@@ -24,7 +24,7 @@ from pipeline.parallel import (
     part,
     why_not,
 )
-from pipeline.quant.formats import GROUP_SIZES, PLAIN, KvCache, QuantFormat, StoredTensor
+from pipeline.quant.formats import FORMATS, GROUP_SIZES, PLAIN, KvCache, QuantFormat, StoredTensor
 
 _TP_CHOICES = range(1, 17)
 
@@ -130,8 +130,16 @@ def scope_targets(
     """Targets of the first or the last of `pp` stages that belong to no layer."""
     assert scope is not Scope.LAYER
     return [
-        target for rule in _rules(shape, scope, pp) for target in _targets(rule, shape, fmt, {})
+        target
+        for rule in _rules(shape, scope, pp)
+        for target in _targets(rule, shape, _outer_format(rule, fmt), {})
     ]
+
+
+def _outer_format(rule: WeightRule, fmt: QuantFormat) -> QuantFormat:
+    """Outside the layers everything is plain, but for a head that is named among the exceptions."""
+    named = dict(fmt.exceptions) if rule.tied_sources else {}
+    return named.get(rule.sources[0].name, FORMATS["fp16"])
 
 
 def layer_targets(
@@ -167,7 +175,7 @@ def format_of(rule: WeightRule, shape: ModelShape, fmt: QuantFormat, layer: int)
 def split_problems(shape: ModelShape, fmt: QuantFormat) -> list[Problem]:
     """Linears that become one, but have different formats; exceptions that name no linear."""
     problems = []
-    known: set[str] = set()
+    known: set[str] = {head_rule(shape).sources[0].name}
     for layer in range(shape.num_layers if fmt.exceptions else 0):
         for group in fused_groups(shape, layer):
             known.update(group)
@@ -411,7 +419,7 @@ def _targets(
         replace(source, transposed=source.transposed and conv1d)
         for source in rule.sources_for(shape)
     ]
-    for stored in fmt.tensors if rule.quantized else plain:
+    for stored in fmt.tensors if rule.quantized or _is_coded(rule, fmt) else plain:
         sources = tuple(
             _source(rule, source, stored, shape, fmt, {"layer": layers.get("source"), **expert})
             for expert in _experts(rule, shape)
@@ -426,6 +434,11 @@ def _targets(
             at_least=0.0 if stored.largest else None,
             num_experts=shape.num_experts if rule.experts and stored.per_expert else 0,
         )
+
+
+def _is_coded(rule: WeightRule, fmt: QuantFormat) -> bool:
+    """Of a rule outside the layers: whether `_outer_format` found a format for it."""
+    return bool(rule.tied_sources) and fmt.quant_algo is not None
 
 
 def _experts(rule: WeightRule, shape: ModelShape) -> list[dict[str, int]]:

@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.checkpoint.layout import local_formats
 from pipeline.checkpoint.padding import padding_record
 from pipeline.models import ARCHITECTURES, ModelShape, Scope
+from pipeline.models.linears import head_rule
 from pipeline.models.rules import LAYER
 from pipeline.parallel import layers_of_stage
 from pipeline.quant.formats import KV_CACHE_ALGOS, QuantFormat
@@ -119,13 +120,13 @@ def _mapping(shape: ModelShape, tp: int, pp: int, moe_ep: int) -> dict[str, int]
 
 def mixed_config(shape: ModelShape, fmt: QuantFormat, *, pp: int) -> dict[str, Any]:
     """The content of quant_cfg.json; linears that it does not name are plain."""
+    head = head_rule(shape)
+    modules = _modules(shape, fmt, pp) | {head.target: fmt.of(head.sources[0].name)}
     return {
         "quant_algo": fmt.quant_algo,
         "kv_cache_quant_algo": _kv_cache_algo(fmt),
         "quantized_layers": {
-            module: _algorithm(one)
-            for module, one in _modules(shape, fmt, pp).items()
-            if one.quant_algo is not None
+            module: _algorithm(one) for module, one in modules.items() if one.quant_algo is not None
         },
     }
 

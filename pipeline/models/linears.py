@@ -47,6 +47,13 @@ def fused_groups(shape: ModelShape, layer: int) -> tuple[tuple[str, ...], ...]:
     return (*groups, tuple(experts)) if experts else tuple(groups)
 
 
+def head_rule(shape: ModelShape) -> WeightRule:
+    """The rule of lm_head; `sources[0].name` is its own Hugging Face name, tied or not."""
+    rules = ARCHITECTURES[shape.architecture].rules_for(shape, Scope.LAST)
+    (found,) = (rule for rule in rules if rule.tied_sources)
+    return found
+
+
 def within_layer(linear: str, layer: int) -> str:
     """The part of a name behind its layer's number: "self_attn.q_proj"."""
     _, _, rest = linear.partition(f".{layer}.")

@@ -1,7 +1,7 @@
 """Which weight format runs where: one table of format, backend and compute capability (SM).
 
-`plan`, the backends and the README's support section all ask it. "tensorrt_llm" is what becomes of a
-checkpoint that `build.backend: none` leaves: trtllm-build reads it elsewhere.
+`plan`, the backends and the README's support section all ask it. "tensorrt_llm" is also what
+becomes of a checkpoint that `build.backend: none` leaves: trtllm-build reads it elsewhere.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Final
 
 from pipeline.quant.formats import FORMATS, KvCache
 
-ONNXRUNTIME, TENSORRT_RTX, TENSORRT_LLM = "onnxruntime", "tensorrt_rtx", "tensorrt_llm"
+ONNXRUNTIME, TENSORRT_RTX, TENSORRT = "onnxruntime", "tensorrt_rtx", "tensorrt"
+TENSORRT_LLM = "tensorrt_llm"
 KNOWN_SMS: Final = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 _RTX_SMS: Final = (75, 80, 86, 89, 120, 121)
 _COMPILED = "compiled with TensorRT-RTX 1.7.1 for each SM"
 _BUILDER = "TensorRT-LLM 1.2: checks of builder.py and plugin.py"
+_ALIKE = "as TensorRT-RTX 1.7.1 compiles; TensorRT itself was not tried"
 _INT4 = ("int4_awq", "int4_gptq")
 
 
@@ -68,6 +70,16 @@ _RULES: Final = (
         _COMPILED,
         banned=_ALWAYS,
     ),
+    _Rule(TENSORRT, _INT4, "no int4 weight kernels are known below SM80", _ALIKE, 80),
+    _Rule(TENSORRT, ("int8_sq",), "no int8 product with a float32 result below SM80", _ALIKE, 80),
+    _Rule(TENSORRT, ("fp8",), "fp8 needs SM89 or newer", _ALIKE, 89),
+    _Rule(
+        TENSORRT,
+        ("w4a8_awq",),
+        "no product of int4 weights with fp8 inputs is known",
+        _ALIKE,
+        banned=_ALWAYS,
+    ),
     _Rule(TENSORRT_LLM, ("fp8", "w4a8_awq"), "fp8 needs SM89 or newer", _BUILDER, 89),
     _Rule(
         TENSORRT_LLM,
@@ -114,11 +126,21 @@ def refusal(fmt: str, backend: str, sm: int) -> Refusal | None:
     return None
 
 
+def lm_head_refusal(fmt: str, backend: str, sm: int) -> Refusal | None:
+    """The same for lm_head of a format that is not fp16."""
+    if backend == TENSORRT_LLM and fmt != "fp8":
+        return Refusal(
+            "TensorRT-LLM quantizes lm_head as fp8 only",
+            "TensorRT-LLM 0.19 to 1.2: quantize_lm_head of its quantize.py",
+        )
+    return refusal(fmt, backend, sm)
+
+
 def kv_cache_refusal(kv_cache: KvCache, backend: str, sm: int) -> Refusal | None:
     """The same for a quantized KV cache."""
     if kv_cache == "fp16":
         return None
-    if backend in (ONNXRUNTIME, TENSORRT_RTX):
+    if backend in (ONNXRUNTIME, TENSORRT_RTX, TENSORRT):
         return Refusal(
             "the engines built here keep their KV cache in fp16",
             "TensorRT-RTX 1.7.1 compiles no other cache",

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Final, Literal
 
 from pipeline.models import ModelShape
-from pipeline.models.linears import decoder_linears, fused_groups, within_layer
+from pipeline.models.linears import decoder_linears, fused_groups, head_rule, within_layer
 from pipeline.quant.formats import FORMATS, MIXED, KvCache, QuantFormat
 from pipeline.quant.recipe import ALGORITHMS, LayerRecipe
 
@@ -74,9 +74,19 @@ def model_format(
     kv_cache: KvCache = "fp16",
     keep: Sequence[str] = (),
     chosen: Mapping[str, str] | None = None,
+    lm_head: str = "fp16",
 ) -> QuantFormat:
-    """The QuantFormat of a whole model that is quantized with these values; see `recipe_for`."""
+    """The QuantFormat of a whole model that is quantized with these values; see `recipe_for`.
+
+    Args:
+        lm_head: of the head; if it is not fp16, the whole is a mixed format, in which the head is one
+            exception more.
+    """
     linears = decoder_linears(shape)
+    if lm_head != "fp16":
+        if format != MIXED:
+            chosen = dict.fromkeys(linears, format)
+        format = MIXED
     if format == MIXED:
         exceptions = {
             name: _sized(found, group_size)
@@ -85,6 +95,8 @@ def model_format(
         }
     else:
         exceptions = {name: FORMATS["fp16"] for name in linears if is_kept(name, keep)}
+    if lm_head != "fp16":
+        exceptions[head_rule(shape).sources[0].name] = _sized(lm_head, group_size)
     fmt = _sized(format, group_size)
     if exceptions:
         fmt = fmt.with_exceptions(exceptions)

@@ -50,6 +50,7 @@ class QuantizeOptions:
         budget_bits: with format "mixed", mean bits per weight of the decoder layers' linears.
         candidates: with format "mixed", what each group of linears may become.
         sensitivity: by what they are chosen; see `pipeline.quant.sensitivity.walk`.
+        lm_head: how the head is stored; it changes nothing in the layers.
     """
 
     format: str
@@ -69,6 +70,7 @@ class QuantizeOptions:
     budget_bits: float | None = None
     candidates: tuple[str, ...] = ()
     sensitivity: Literal["layer", "output", "kl"] = "layer"
+    lm_head: Literal["fp16", "int8_wo"] = "fp16"
 
 
 def formats_from_plain(architecture: str) -> tuple[str, ...]:

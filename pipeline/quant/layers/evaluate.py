@@ -10,7 +10,6 @@ Shape suffixes: B windows of one batch, T tokens of one window, H hidden size, V
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +18,8 @@ import torch
 from pipeline.checkpoint.source import HfCheckpoint
 from pipeline.progress import Progress, SilentProgress
 from pipeline.quant.data import TokenWindows
-from pipeline.quant.layers.batches import Batch, equal_length_batches, used_tokens
-from pipeline.quant.layers.frame import Frame
-from pipeline.quant.layers.hidden import HiddenStates
-from pipeline.quant.layers.passes import LayerPasses, fill_embedded
-from pipeline.quant.layers.skeleton import Skeleton, layer_of
-from pipeline.quant.packing.activations import simulate_inputs
+from pipeline.quant.layers.batches import equal_length_batches
+from pipeline.quant.layers.forward import LayerOutputs, run_layers
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def compare_checkpoints(
     """
     batches = equal_length_batches(windows, batch_size)
     sides = [
-        _run_layers(checkpoint, batches, work_dir / name, dtype, progress or SilentProgress())
+        run_layers(checkpoint, batches, work_dir / name, dtype, progress or SilentProgress())
         for checkpoint, name in ((original, "original"), (other, "other"))
     ]
     totals = torch.zeros(4, dtype=torch.float64)
@@ -74,33 +69,19 @@ def compare_checkpoints(
     for index, batch in enumerate(batches):
         for row in range(len(batch.tokens_BT)):
             tokens_T = torch.from_numpy(batch.tokens_BT[row])
-            logs = [side.log_probabilities(index, row) for side in sides]
+            logs = [_log_probabilities(side, index, row) for side in sides]
             totals += _sums(logs[0], logs[1], tokens_T[1:])
             num_positions += len(tokens_T) - 1
     for side in sides:
-        side.hidden.path.unlink()
+        side.path.unlink()
     original_nll, nll, kl, agreement = (totals / num_positions).tolist()
     return Comparison(math.exp(original_nll), math.exp(nll), kl, agreement, num_positions)
 
 
-@dataclass
-class _Side:
-    """A checkpoint whose layers have run.
-
-    Attributes:
-        hidden: output of the last layer.
-        head: from there to logits.
-    """
-
-    hidden: HiddenStates
-    head: Frame
-    returns_tuple: bool
-
-    def log_probabilities(self, index: int, row: int) -> torch.Tensor:
-        """float32 [T - 1, V] of one window's positions that have a next token."""
-        hidden_BTH = self.hidden.get(index)[row : row + 1]
-        logits_BTV = self.head.logits(hidden_BTH, returns_tuple=self.returns_tuple)
-        return torch.log_softmax(logits_BTV[0, :-1].float(), dim=-1)
+def _log_probabilities(side: LayerOutputs, index: int, row: int) -> torch.Tensor:
+    """float32 [T - 1, V] of one window's positions that have a next token."""
+    logits_TV = side.logits(index, row)[:-1]
+    return torch.log_softmax(logits_TV.float(), dim=-1)
 
 
 def _sums(original_TV: torch.Tensor, other_TV: torch.Tensor, next_T: torch.Tensor) -> torch.Tensor:
@@ -115,33 +96,3 @@ def _sums(original_TV: torch.Tensor, other_TV: torch.Tensor, next_T: torch.Tenso
         agreement,
     )
     return torch.stack([values.double().sum() for values in sums])
-
-
-def _run_layers(
-    checkpoint: HfCheckpoint,
-    batches: Sequence[Batch],
-    path: Path,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> _Side:
-    skeleton = Skeleton(checkpoint, dtype)
-    frame = Frame(skeleton, used_tokens(batches))
-    passes = LayerPasses(frame, batches, skeleton.layers_path, ["cpu"])
-    size = checkpoint.shape.hidden_size
-    inputs, outputs = (
-        HiddenStates(path.with_suffix(suffix), batches, size, dtype, in_memory=False)
-        for suffix in (".inputs", ".outputs")
-    )
-    fill_embedded(inputs, frame, batches)
-    outputs.create()
-    progress.start(skeleton.num_layers, "layers")
-    with torch.no_grad():
-        for layer in range(skeleton.num_layers):
-            mini = skeleton.mini(layer)
-            block = layer_of(mini, skeleton.layers_path)
-            simulate_inputs(block, checkpoint.reader, skeleton.layer_prefix(layer))
-            passes.outputs(mini, layer, inputs, outputs)
-            inputs, outputs = outputs, inputs
-            progress.advance()
-    outputs.path.unlink()
-    return _Side(inputs, Frame(skeleton, None), passes.returns_tuple)

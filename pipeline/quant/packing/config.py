@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.models import ARCHITECTURES, ModelShape, Scope, WeightRule
+from pipeline.models.linears import head_rule
 
 _KV_CACHE_ALGORITHMS = {"fp16": None, "fp8": "FP8", "int8": "INT8"}
 _GPTQ = "W4A16_GPTQ"
@@ -53,6 +54,16 @@ def quant_config_json(
         "kv_cache_quant_algo": None,
         **process_layer_quant_config(_layer_facts(shape, formats, group_size)),
     }
+    has_head = formats.get(head_rule(shape).sources[0].name, "fp16") != "fp16"
+    if has_head and "quantized_layers" not in quantization:
+        # One format for all, the head too: said by name, since readers take it to be plain otherwise.
+        names = [name for name, fmt in formats.items() if fmt != "fp16"]
+        one = {"quant_algo": quantization["quant_algo"]}
+        quantization = {
+            "quant_algo": "MIXED_PRECISION",
+            "kv_cache_quant_algo": None,
+            "quantized_layers": {name: dict(one) for name in names},
+        }
     described = [quantization, *quantization.get("quantized_layers", {}).values()]
     for description in described:
         if description["quant_algo"] == "int4_gptq":
