@@ -69,10 +69,10 @@ def _step(
 
 def whole(network: OnnxNetwork, ids_BS: npt.NDArray[np.int64]) -> Floats:
     """Logits of every position, in one call."""
-    return _in_chunks(network, ids_BS, ())
+    return logits_in_chunks(network, ids_BS, ())
 
 
-def _in_chunks(
+def logits_in_chunks(
     network: OnnxNetwork, ids_BS: npt.NDArray[np.int64], cuts: tuple[int, ...]
 ) -> Floats:
     cache = network.new_cache(len(ids_BS))
@@ -108,7 +108,7 @@ def _rows_apart(network: OnnxNetwork, ids_BS: npt.NDArray[np.int64]) -> Floats:
 
 def logits_of_network(network: OnnxNetwork, ids_BS: npt.NDArray[np.int64]) -> Floats:
     """Of every position, in one call."""
-    return _in_chunks(network, ids_BS, ())
+    return logits_in_chunks(network, ids_BS, ())
 
 
 def largest_difference(model: Any, network: OnnxNetwork, vocab_size: int) -> float:
@@ -117,7 +117,9 @@ def largest_difference(model: Any, network: OnnxNetwork, vocab_size: int) -> flo
     expected_BSV = logits_of_transformers(model, ids_BS)
     assert expected_BSV.std() > 0.1, "logits that say nothing compare equal to anything"
     ways = ((), (5, 6, 17), tuple(range(10, LENGTH)))
-    differences = [np.abs(_in_chunks(network, ids_BS, cuts) - expected_BSV).max() for cuts in ways]
+    differences = [
+        np.abs(logits_in_chunks(network, ids_BS, cuts) - expected_BSV).max() for cuts in ways
+    ]
     last_B = LENGTH - 1 - 3 * np.arange(3)
     last_BV = expected_BSV[np.arange(3), last_B]
     differences.append(np.abs(_rows_apart(network, ids_BS) - last_BV).max())

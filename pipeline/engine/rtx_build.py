@@ -5,14 +5,18 @@ TensorRT-RTX keeps the first logger of a process and ignores later ones: one bui
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.disk import not_written
 from pipeline.engine.rtx_log import CompilerLog
-from pipeline.engine.rtx_lowering import lower_attention
+from pipeline.engine.rtx_lowering import lower_all_reduces, lower_attention
 from pipeline.errors import Problem, StageError, ToolError
+from pipeline.network.collectives import all_reduce_names
 from pipeline.network.io_names import (
+    HIDDEN_STATES,
     INPUT_IDS,
     KV_LENGTHS,
     LOGIT_POSITIONS,
@@ -53,10 +57,10 @@ def build_plan(
     plan_path: Path,
     spec: NetworkSpec,
     limits: BuildLimits,
-    sm: int,
+    sms: Sequence[int],
     log_path: Path,
 ) -> CompilerReport:
-    """Compile `graph_path` for compute capability `sm` into `plan_path`; no GPU is needed.
+    """Compile `graph_path` for compute capabilities `sms` into `plan_path`; no GPU is needed.
 
     Raises:
         ToolError: TensorRT-RTX is not installed.
@@ -66,19 +70,20 @@ def build_plan(
     trt = _bindings()
     with log_path.open("w", encoding="utf-8", errors="replace") as file:
         log = CompilerLog(file)
-        logger = _logger(trt, log)
+        logger = compiler_logger(trt, log)
         builder = trt.Builder(logger)
-        network, parser = _parse(trt, builder, logger, graph_path, log, log_path)
+        network, parser = parse_network(trt, builder, logger, graph_path, log, log_path)
         lower_attention(trt, network, spec.masked_attentions(limits.max_seq_len))
-        config = _builder_config(trt, builder, network, spec, limits, sm)
+        lower_all_reduces(trt, network, all_reduce_names(spec), spec.mapping.tp)
+        config = _builder_config(trt, builder, network, spec, limits, sms)
         with plan_path.open("xb") as plan_file:
-            writer = _stream_writer(trt, plan_file)
+            writer = plan_writer(trt, plan_file)
             done = builder.build_serialized_network_to_stream(network, config, writer)
         del parser  # holds the weights that the network points to
     if writer.failure is not None:
-        raise StageError(Problem(str(plan_path), f"cannot be written: {writer.failure}"))
+        raise StageError(not_written(plan_path, writer.failure))
     if log.unexpected or not done:
-        raise StageError(_log_problems(log, log_path, "the build failed"))
+        raise StageError(log_problems(log, log_path, "the build failed"))
     return CompilerReport(log.listing, log.activation_bytes)
 
 
@@ -96,7 +101,7 @@ def _bindings() -> Any:
     return tensorrt_rtx_bindings
 
 
-def _logger(trt: Any, log: CompilerLog) -> Any:
+def compiler_logger(trt: Any, log: CompilerLog) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def log(self, severity: Any, message: str) -> None:
             log.add(severity.name, message)
@@ -104,7 +109,7 @@ def _logger(trt: Any, log: CompilerLog) -> Any:
     return Logger()
 
 
-def _stream_writer(trt: Any, plan_file: BinaryIO) -> Any:
+def plan_writer(trt: Any, plan_file: BinaryIO) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         """An exception may not cross the compiler's C++ frames, so it is kept for later."""
 
@@ -122,7 +127,7 @@ def _stream_writer(trt: Any, plan_file: BinaryIO) -> Any:
     return Writer()
 
 
-def _parse(
+def parse_network(
     trt: Any, builder: Any, logger: Any, graph_path: Path, log: CompilerLog, log_path: Path
 ) -> tuple[Any, Any]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -130,18 +135,19 @@ def _parse(
     if not parser.parse_from_file(str(graph_path)):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         log.unexpected += [f"PARSER: {error}" for error in errors]
-        raise StageError(_log_problems(log, log_path, "the parser refused the network"))
+        raise StageError(log_problems(log, log_path, "the parser refused the network"))
     return network, parser
 
 
 def _builder_config(
-    trt: Any, builder: Any, network: Any, spec: NetworkSpec, limits: BuildLimits, sm: int
+    trt: Any, builder: Any, network: Any, spec: NetworkSpec, limits: BuildLimits, sms: Sequence[int]
 ) -> Any:
     config = builder.create_builder_config()
     # The listing that rtx_layers checks is only printed in full at this verbosity.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     profile = builder.create_optimization_profile()
     for name, (least, usual, most) in profile_shapes(spec, limits).items():
         profile.set_shape(name, least, usual, most)
@@ -154,23 +160,28 @@ Shape = tuple[int, ...]
 
 def profile_shapes(spec: NetworkSpec, limits: BuildLimits) -> dict[str, tuple[Shape, Shape, Shape]]:
     """(least, usual, most) shape of every input. The usual call is a decode step of a full batch."""
-    batch, tokens = limits.max_batch_size, limits.max_input_len
+    batch, tokens, hidden = limits.max_batch_size, limits.max_input_len, spec.hidden_size
     logits = tokens if limits.gather_context_logits else 1
     shapes: dict[str, tuple[Shape, Shape, Shape]] = {
-        INPUT_IDS: ((1, 1), (batch, 1), (batch, tokens)),
-        POSITION_IDS: ((1, 1), (batch, 1), (batch, tokens)),
         WRITE_INDICES: ((1,), (batch,), (batch,)),
         KV_LENGTHS: ((1,), (batch,), (batch,)),
-        LOGIT_POSITIONS: ((1, 1), (batch, 1), (batch, logits)),
     }
-    cache_CTD = (spec.num_kv_heads, limits.max_seq_len, spec.head_size)
-    for layer in range(spec.num_layers):
+    if spec.has_embedding:
+        shapes[INPUT_IDS] = ((1, 1), (batch, 1), (batch, tokens))
+    else:
+        shapes[HIDDEN_STATES] = ((1, 1, hidden), (batch, 1, hidden), (batch, tokens, hidden))
+    if spec.reads_positions(limits.max_seq_len):
+        shapes[POSITION_IDS] = ((1, 1), (batch, 1), (batch, tokens))
+    if spec.has_head:
+        shapes[LOGIT_POSITIONS] = ((1, 1), (batch, 1), (batch, logits))
+    cache_CTD = (spec.rank_kv_heads, limits.max_seq_len, spec.head_size)
+    for layer in range(spec.num_rank_layers):
         for past, _ in cache_names(layer):
             shapes[past] = ((1, *cache_CTD), (batch, *cache_CTD), (batch, *cache_CTD))
     return shapes
 
 
-def _log_problems(log: CompilerLog, log_path: Path, otherwise: str) -> list[Problem]:
+def log_problems(log: CompilerLog, log_path: Path, otherwise: str) -> list[Problem]:
     lines = log.unexpected or [otherwise]
     problems = [Problem(str(log_path), line) for line in lines[:_SHOWN_LINES]]
     if len(lines) > _SHOWN_LINES:

@@ -28,7 +28,7 @@ from pipeline.network.modules import (
     Linear,
     layer_modules,
 )
-from pipeline.network.rank_tensors import float16_scale, read_linear
+from pipeline.network.rank_tensors import float16_scale, head_linear, read_linear
 from pipeline.network.rope import rotary_tables
 from pipeline.network.spec import NetworkSpec
 from pipeline.network.zero_points import rounded_products
@@ -60,17 +60,23 @@ def expected_forms(reader: CheckpointReader, spec: NetworkSpec, num_positions: i
     """
     forms = list(_rotary_forms(spec, num_positions))
     of_linears: set[str] = set()
-    for layer in range(spec.num_layers):
+    for layer in range(spec.num_rank_layers):
         modules = layer_modules(spec, layer)
         for linear in modules.linears:
             of_linears |= linear.required().keys() | linear.optional().keys()
             forms += _linear_forms(reader, linear)
         forms += _joined_forms(reader, modules, spec.features.residual)
         forms += _rounding_forms(reader, modules, spec.features.residual)
+    if spec.has_head and f"{HEAD}.weight" in reader.tensors:
+        head = head_linear(reader, spec)
+        if head.quantized:
+            of_linears |= head.required().keys() | head.optional().keys()
+            forms += _linear_forms(reader, head)
     for name, tensor in reader.tensors.items():
         if name in of_linears:
             continue
-        num_rows = spec.vocab_size if name == f"{HEAD}.weight" else tensor.shape[0]
+        is_cut = name == f"{HEAD}.weight" and spec.mapping.tp == 1
+        num_rows = spec.vocab_size if is_cut else tensor.shape[0]
         if len(tensor.shape) > 1 or not _is_neutral(name, reader.read(name)):
             forms.append(Form((name,), partial(_rows, reader, name, num_rows)))
         if name.endswith(".router.weight"):

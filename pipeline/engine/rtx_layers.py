@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import GateError, Problem
-from pipeline.network.io_names import KV_LENGTHS, cache_names
-from pipeline.network.modules import Linear, layer_modules
+from pipeline.network.collectives import all_reduce_names
+from pipeline.network.io_names import KV_LENGTHS, LOGITS, cache_names
+from pipeline.network.modules import HEAD, Linear, layer_modules
 from pipeline.network.spec import NetworkSpec
 
 _LAYER = re.compile(
@@ -21,9 +22,11 @@ _LAYER = re.compile(
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>\S+), Dimensions: \[[^\]]*\].*?Datatype: (?P<dtype>\w+)")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-_END_OF_LAYERS = "I/O Tensors:"
+END_OF_LAYERS = "I/O Tensors:"
 
 _FUSED_ATTENTION = "_gemm_mha_v2"
+_ALL_REDUCE = "comm_allreduce"
+_COLLECTIVE = "comm_"
 _MATRIX_PRODUCTS = ("runtime_fusion", "gemm")
 _DTYPES = {"int4": "Int4", "int8": "Int8", "fp8": "FP8"}
 
@@ -56,10 +59,12 @@ class LayerCounts:
     num_fused_quantized: int
     num_unfused_quantized: int
     num_fused_attention: int
+    num_all_reduces: int
 
 
 def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
-    """Check that the products and attentions of every layer are fused and the cache stays in place.
+    """Check that the products and attentions of every layer are fused, the cache stays in place, and
+    each sum over ranks is one collective.
 
     Args:
         listing: text of the listing.
@@ -70,8 +75,11 @@ def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
     """
     layers = parse_listing(listing, where)
     linears = [
-        linear for layer in range(spec.num_layers) for linear in layer_modules(spec, layer).linears
+        linear
+        for layer in range(spec.num_rank_layers)
+        for linear in layer_modules(spec, layer).linears
     ]
+    linears += _coded_head(spec)
     can_fuse = [linear for linear in linears if _can_fuse(linear)]
     # With a soft cap attention is made of single products; TensorRT has no kernel for it.
     can_fuse_attention = spec.features.attention_softcap is None
@@ -79,8 +87,9 @@ def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
         Problem(where, problem)
         for problem in (
             *_product_problems(layers, linears, can_fuse),
-            *_attention_problems(layers, spec.num_layers if can_fuse_attention else 0),
-            *_cache_problems(layers, spec.num_layers),
+            *_attention_problems(layers, spec.num_rank_layers if can_fuse_attention else 0),
+            *_cache_problems(layers, spec.num_rank_layers),
+            *_sum_problems(layers, all_reduce_names(spec)),
         )
     ]
     if problems:
@@ -89,7 +98,8 @@ def check_layers(listing: str, spec: NetworkSpec, where: str) -> LayerCounts:
     return LayerCounts(
         num_fused_quantized=len(can_fuse),
         num_unfused_quantized=num_quantized - len(can_fuse),
-        num_fused_attention=spec.num_layers if can_fuse_attention else 0,
+        num_fused_attention=spec.num_rank_layers if can_fuse_attention else 0,
+        num_all_reduces=len(all_reduce_names(spec)),
     )
 
 
@@ -99,7 +109,7 @@ def parse_listing(listing: str, where: str) -> list[CompiledLayer]:
     Raises:
         GateError: no listing, or a line in a form that is not known.
     """
-    text = listing.partition(_END_OF_LAYERS)[0]
+    text = listing.partition(END_OF_LAYERS)[0]
     lines = [line for line in text.splitlines() if line.startswith("Name: ")]
     matches = [_LAYER.match(line) for line in lines]
     if not lines or None in matches:
@@ -125,6 +135,14 @@ def parse_listing(listing: str, where: str) -> list[CompiledLayer]:
 
 def _names(tensors: str) -> Iterator[str]:
     return (tensor["name"] for tensor in _TENSOR.finditer(tensors))
+
+
+def _coded_head(spec: NetworkSpec) -> list[Linear]:
+    """lm_head, under the name of its product, where it is quantized; a plain one is not checked."""
+    fmt = spec.format_of(HEAD)
+    if not (spec.has_head and spec.format.is_mixed and fmt.quant_algo is not None):
+        return []
+    return [Linear(f"{LOGITS}.float16", HEAD, spec.vocab_size, spec.hidden_size, fmt)]
 
 
 def _can_fuse(linear: Linear) -> bool:
@@ -174,3 +192,15 @@ def _cache_problems(layers: list[CompiledLayer], num_layers: int) -> Iterator[st
                 yield f"{past}: the whole cache is copied by {', '.join(copies)}"
             if not any(present in layer.inputs and present in layer.outputs for layer in layers):
                 yield f"{present}: no layer updates it in place"
+
+
+def _sum_problems(layers: list[CompiledLayer], names: tuple[str, ...]) -> Iterator[str]:
+    collectives = [layer for layer in layers if layer.kind.startswith(_COLLECTIVE)]
+    for name in names:
+        made = [layer for layer in collectives if layer.nodes == (name,)]
+        if [layer.kind for layer in made] != [_ALL_REDUCE]:
+            kinds = ", ".join(layer.kind for layer in made) or "none"
+            yield f"{name}: became {kinds}, expected one {_ALL_REDUCE}"
+    for layer in collectives:
+        if not set(layer.nodes) & set(names):
+            yield f"{layer.name}: a collective that the network does not have"

@@ -3,7 +3,8 @@
 Seen with TensorRT-RTX 1.7.1: the parser drops `nonpad_kv_seqlen` of Attention and sets a causal
 mask aligned to the start of the cache, so the engine would attend to the whole cache; and it
 multiplies query and key cache by sqrt(scale) even where scale is 1, which costs a copy of the key
-cache in every step.
+cache in every step. ONNX has no sum over ranks: the graph marks its places by Identity nodes
+(network.collectives), which the parser keeps as layers of the same names.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import Problem, StageError
+from pipeline.network.collectives import ALL_REDUCE
 from pipeline.network.io_names import KV_LENGTHS
 
 _QUERY, _KEY = 0, 1
+_NO_ROOT = -1  # an all-reduce has none
 
 
 def lower_attention(trt: Any, network: Any, masked: Sequence[bool]) -> None:
@@ -51,6 +54,49 @@ def lower_attention(trt: Any, network: Any, masked: Sequence[bool]) -> None:
         if not has_mask:
             attention.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
         attention.key_value_lengths = lengths
+
+
+def lower_all_reduces(trt: Any, network: Any, names: Sequence[str], num_ranks: int) -> None:
+    """Put a sum over `num_ranks` ranks in the place of each Identity of `names`.
+
+    Each pipeline stage has a communicator of its own, in which its ranks are numbered by tp_rank, so the
+    group is 0 .. num_ranks - 1 on every stage.
+
+    Raises:
+        StageError: the parsed network has not exactly these, once each.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    marked = [layer for layer in layers if layer.name.endswith(ALL_REDUCE)]
+    found = [layer.name for layer in marked if layer.type == trt.LayerType.IDENTITY]
+    if found != list(names):
+        what = f"all-reduces after parsing: {_listed(found)}; of the graph: {_listed(names)}"
+        raise StageError(Problem("lowering", what))
+    readers: dict[str, list[tuple[Any, int]]] = {}
+    for layer in layers:
+        for index in range(layer.num_inputs):
+            tensor = layer.get_input(index)
+            if tensor is not None:
+                readers.setdefault(tensor.name, []).append((layer, index))
+    for layer, name in zip(marked, names, strict=True):
+        result = layer.get_output(0)
+        layer.name, result.name = f"{name}.mark", f"{name}.mark"
+        summed = network.add_dist_collective(
+            layer.get_input(0),
+            trt.CollectiveOperation.ALL_REDUCE,
+            trt.ReduceOperation.SUM,
+            _NO_ROOT,
+            list(range(num_ranks)),
+        )
+        summed.num_ranks = num_ranks
+        summed.name, summed.get_output(0).name = name, name
+        # By this the listing of the compiled layers says what they were made of.
+        summed.metadata = layer.metadata
+        for reader, index in readers.get(name, ()):
+            reader.set_input(index, summed.get_output(0))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _input(network: Any, name: str) -> Any:

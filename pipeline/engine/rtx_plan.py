@@ -7,7 +7,9 @@ on a table of chunks, each u32 tag, u32 zero, u64 offset, u64 size.
 
 from __future__ import annotations
 
+import hashlib
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ _HEADER = struct.Struct("<4s12xQ4s4sI28x")
 _CHUNK = struct.Struct("<4s4xQQ")
 _HEADER_BYTES = 64
 _ENGINE_TAG, _WEIGHTS_TAG = b"NGNE", b"THGW"
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,23 @@ def read_header(path: Path) -> PlanHeader:
     )
 
 
-def check_header(path: Path, version: str, sm: int) -> PlanHeader:
-    """The header of a plan that must have been built by `version` for `sm` alone.
+def chunk_sha256(path: Path, chunk: Chunk) -> str:
+    """sha256 of a part of the plan as 64 hexadecimal digits.
+
+    The weights' is the same for every build of the same network, checkpoint and compiler; the code
+    beside them differs in a few bytes from one build to the next.
+    """
+    digest, left = hashlib.sha256(), chunk.nbytes
+    with path.open("rb") as file:
+        file.seek(chunk.offset)
+        while left and (data := file.read(min(left, _READ_BYTES))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
+
+
+def check_header(path: Path, version: str, sms: Collection[int]) -> PlanHeader:
+    """The header of a plan that must have been built by `version` for exactly `sms`.
 
     Raises:
         GateError: as read_header; also another version or other targets.
@@ -86,9 +104,15 @@ def check_header(path: Path, version: str, sm: int) -> PlanHeader:
     if header.version != version:
         what = f"was built by TensorRT-RTX {header.version}"
         problems.append(Problem(str(path), what, version, "build again"))
-    if header.sms != (sm,):
-        built = ", ".join(f"SM{number}" for number in header.sms) or "no known GPU"
-        problems.append(Problem(str(path), f"was built for {built}", f"SM{sm}", "build again"))
+    if set(header.sms) != set(sms):
+        built = sm_names(header.sms) or "no known GPU"
+        what = f"was built for {built}"
+        problems.append(Problem(str(path), what, sm_names(sms), "build again"))
     if problems:
         raise GateError(problems)
     return header
+
+
+def sm_names(sms: Collection[int]) -> str:
+    """SM86, SM89."""
+    return ", ".join(f"SM{sm}" for sm in sorted(sms))

@@ -1,7 +1,7 @@
 """Attention over the key/value cache: project, split into heads, rotate, write, attend.
 
-Shapes: B rows, S tokens per row in this call, H hidden size, N query heads, C key/value heads,
-G = N / C, R = G * S rows of one key head, D head size, T cache positions (max_seq_len).
+Shapes: B rows, S tokens per row in this call, H hidden size, N query heads and C key/value heads of the
+rank, G = N / C, R = G * S rows of one key head, D head size, T cache positions (max_seq_len).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Masks:
 
 def add_masks(graph: GraphBuilder, spec: NetworkSpec, cache_length: int) -> Masks:
     """The masks of all layers, each kind made once."""
-    windows = [spec.window_of(layer, cache_length) for layer in range(spec.num_layers)]
+    windows = [spec.window_of(layer, cache_length) for layer in range(spec.num_rank_layers)]
     capped = spec.features.attention_softcap is not None
     if not capped and not any(windows):
-        return Masks(cache_length, (None,) * spec.num_layers)
+        return Masks(cache_length, (None,) * spec.num_rank_layers)
     query_B1S1, length_B111, key_T = _positions(graph, cache_length)
     before = graph.node("LessOrEqual", [key_T, query_B1S1], "mask.before")
     valid = graph.node("Less", [key_T, length_B111], "mask.valid")
@@ -119,7 +119,7 @@ def _heads(
     The rows of the fused weight are [query heads | key heads | value heads].
     """
     fused = add_linear(graph, weights, modules.qkv, x)
-    num_heads, num_kv_heads = spec.num_heads, spec.num_kv_heads
+    num_heads, num_kv_heads = spec.rank_heads, spec.rank_kv_heads
     split_shape = np.array([0, 0, num_heads + 2 * num_kv_heads, spec.head_size], dtype=np.int64)
     shape = graph.constant("shape.heads", split_shape)
     heads = graph.node("Reshape", [fused, shape], f"{prefix}.heads")
@@ -194,7 +194,7 @@ def _capped(
         shape = graph.constant(f"shape.{heads}.heads.{last}", sizes)
         return graph.node("Reshape", [x, shape], name)
 
-    num_heads, num_kv_heads = spec.num_heads, spec.num_kv_heads
+    num_heads, num_kv_heads = spec.rank_heads, spec.rank_kv_heads
     joined_BCRD = reshaped(query, num_kv_heads, spec.head_size, f"{prefix}.query.joined")
     keys_BCDT = graph.node("Transpose", [keys], f"{prefix}.keys", perm=[0, 1, 3, 2])
     products_BCRT = graph.node("MatMul", [joined_BCRD, keys_BCDT], f"{prefix}.products")

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.checkpoint.trtllm_config import QUANT_FILE
 from pipeline.errors import CheckpointError, Problem
 from pipeline.network.limits import BuildLimits
+from pipeline.network.rank_facts import RANK_PROPERTY
 from pipeline.network.spec import NetworkSpec
 from pipeline.network.spec_reader import QUANTIZED_LAYERS, read_spec
 from pipeline.progress import Progress
@@ -47,23 +48,24 @@ def export_network(
 
     Args:
         checkpoint_dir: TensorRT-LLM checkpoint: config.json and rank{r}.safetensors.
-        rank: global rank.
+        rank: global rank; config.json says how many there are.
         out_dir: existing directory; the three files must not exist there yet.
         limits: max_seq_len becomes the static cache length; all are noted in the graphs.
         progress: told of one unit per layer, plus embedding and lm_head.
         vocab_size: how many rows of lm_head are tokens, when the checkpoint's own vocab_size
             counts padding rows (ModelOpt's exporter pads AWQ vocabularies to a multiple of 64).
-            Padding rows get no logit, so they can never be sampled.
+            Padding rows get no logit, so they can never be sampled; with tensor parallelism who joins
+            the ranks' logits cuts theirs (see RankFacts).
 
     Raises:
         CheckpointError: config or tensors that the network does not implement or that do not fit.
         StageError: a file exists already, or the disk is full.
     """
     from pipeline.checkpoint.reader import CheckpointReader
-    from pipeline.network.rank_tensors import check_rank, store_rank
+    from pipeline.network.rank_tensors import check_rank, rank_facts, store_rank
     from pipeline.network.weights_file import WeightsFile
 
-    spec = read_checkpoint_spec(checkpoint_dir, limits, vocab_size)
+    spec = read_checkpoint_spec(checkpoint_dir, rank, limits, vocab_size)
     rank_path = checkpoint_dir / f"rank{rank}.safetensors"
     if not rank_path.is_file():
         fix = "convert the checkpoint again"
@@ -76,7 +78,10 @@ def export_network(
     from pipeline.network.blocks import add_decoder
     from pipeline.network.graph import GraphBuilder
 
-    metadata = {LIMITS_PROPERTY: json.dumps(asdict(limits), sort_keys=True)}
+    metadata = {
+        LIMITS_PROPERTY: json.dumps(asdict(limits), sort_keys=True),
+        RANK_PROPERTY: rank_facts(spec, stored).to_json(),
+    }
     for path, compute in (
         (cpu_graph_path(out_dir, rank), "float32"),
         (tensorrt_graph_path(out_dir, rank), "float16"),
@@ -87,9 +92,9 @@ def export_network(
 
 
 def read_checkpoint_spec(
-    checkpoint_dir: Path, limits: BuildLimits, vocab_size: int | None = None
+    checkpoint_dir: Path, rank: int, limits: BuildLimits, vocab_size: int | None = None
 ) -> NetworkSpec:
-    """NetworkSpec of a checkpoint directory, checked against the limits.
+    """NetworkSpec of one rank of a checkpoint directory, checked against the limits.
 
     Raises:
         CheckpointError: as read_spec; also a longer sequence or a larger vocabulary than the model's.
@@ -100,7 +105,7 @@ def read_checkpoint_spec(
     if isinstance(quantization, dict) and quantization.get("quant_algo") == MIXED_ALGO:
         layers = _read_object(checkpoint_dir / QUANT_FILE).get(QUANTIZED_LAYERS)
         config["quantization"] = {**quantization, QUANTIZED_LAYERS: layers}
-    spec = read_spec(config, str(path))
+    spec = read_spec(config, str(path), rank)
     problems = []
     if limits.max_seq_len > spec.max_position_embeddings:
         problems.append(

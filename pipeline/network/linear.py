@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.models.decoder import Norm
+from pipeline.network.collectives import add_all_reduce
 from pipeline.network.graph import GraphBuilder
 from pipeline.network.modules import Linear, NormModule
 from pipeline.network.rank_tensors import LinearRef, RankRefs
@@ -30,11 +31,18 @@ def add_norm(
 
 def add_linear(graph: GraphBuilder, weights: RankRefs, linear: Linear, x: str) -> str:
     """x times the weight, with what the checkpoint has of bias and pre-quant scale."""
-    return add_stored_linear(graph, weights.linears[linear.module], linear.module, x)
+    stored = weights.linears[linear.module]
+    return add_stored_linear(graph, stored, linear.module, x, summed=linear.summed)
 
 
-def add_stored_linear(graph: GraphBuilder, stored: LinearRef, name: str, x: str) -> str:
-    """The same, given where its tensors lie; the product is a node called `name`."""
+def add_stored_linear(
+    graph: GraphBuilder, stored: LinearRef, name: str, x: str, *, summed: bool = False
+) -> str:
+    """The same, given where its tensors lie; the product is a node called `name`.
+
+    Args:
+        summed: the products of the tensor-parallel ranks are added before the bias is.
+    """
     if stored.input_scale is not None:
         x = graph.node("Mul", [x, graph.computed(stored.input_scale)], f"{name}.input")
     float32 = stored.inputs is not None and stored.weight.dtype != "int4"
@@ -47,6 +55,8 @@ def add_stored_linear(graph: GraphBuilder, stored: LinearRef, name: str, x: str)
     if stored.zero_point is not None:
         assert stored.scale is not None, name
         y = add_zero_points(graph, stored.zero_point, stored.scale, x, y, name)
+    if summed:
+        y = add_all_reduce(graph, y, name)
     if stored.bias is None:
         return y
     return graph.node("Add", [y, graph.computed(stored.bias)], f"{name}.biased")

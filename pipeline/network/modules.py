@@ -14,6 +14,8 @@ from pipeline.quant.formats import QuantFormat
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 POSITIONS = "transformer.position_embedding.weight"
+EMBEDDING_SUM = "embedding"
+"""What the ranks sum that have parts of these tables."""
 FINAL_NORM = "transformer.ln_f"
 HEAD = "lm_head"
 SCALE = "weights_scaling_factor"
@@ -56,7 +58,9 @@ class Linear:
     Attributes:
         module: name in the network.
         source: module whose tensors hold it; differs from `module` for one expert of a stack.
-        expert: its row in a stack of `num_experts`; None: the tensors are its own.
+        expert: its row in the rank's stack of `num_experts`; None: the tensors are its own.
+        summed: each rank has some of its inputs; the ranks' products are added before the bias is.
+        biasable: it may have a bias even where it need not.
     """
 
     module: str
@@ -67,6 +71,8 @@ class Linear:
     biased: bool = False
     expert: int | None = None
     num_experts: int = 0
+    summed: bool = False
+    biasable: bool = True
 
     @property
     def quantized(self) -> bool:
@@ -87,7 +93,8 @@ class Linear:
 
     def optional(self) -> Tensors:
         """The same for what it may have."""
-        return self._bias() | dict(self._stored(required=False))
+        bias = self._bias() if self.biasable else {}
+        return bias | dict(self._stored(required=False))
 
     def is_stacked(self, tensor: str) -> bool:
         """Whether its tensor of this name, such as "weight", holds those of other experts, too."""
@@ -173,10 +180,12 @@ def layer_modules(spec: NetworkSpec, layer: int) -> LayerModules:
     """The modules of decoder layer `layer`, counted within the rank."""
     prefix = f"transformer.layers.{layer}"
     features, biases = spec.features, spec.features.biases
-    heads_width = spec.num_heads * spec.head_size
-    qkv_width = heads_width + 2 * spec.num_kv_heads * spec.head_size
+    heads_width = spec.rank_heads * spec.head_size
+    qkv_width = heads_width + 2 * spec.rank_kv_heads * spec.head_size
 
-    def linear(name: str, num_outputs: int, num_inputs: int, biased: bool) -> Linear:
+    def linear(
+        name: str, num_outputs: int, num_inputs: int, biased: bool, summed: bool = False
+    ) -> Linear:
         module = f"{prefix}.{name}"
         return Linear(
             module,
@@ -185,6 +194,7 @@ def layer_modules(spec: NetworkSpec, layer: int) -> LayerModules:
             num_inputs,
             spec.format_of(module),
             biased,
+            summed=summed,
         )
 
     def head_norm(name: str) -> NormModule | None:
@@ -197,7 +207,13 @@ def layer_modules(spec: NetworkSpec, layer: int) -> LayerModules:
             for name in features.residual.norms
         },
         qkv=linear("attention.qkv", qkv_width, spec.hidden_size, biases.qkv),
-        dense=linear("attention.dense", spec.hidden_size, heads_width, biases.dense),
+        dense=linear(
+            "attention.dense",
+            spec.hidden_size,
+            heads_width,
+            biases.dense,
+            summed=spec.mapping.tp > 1,
+        ),
         query_norm=head_norm("q_layernorm"),
         key_norm=head_norm("k_layernorm"),
         router=None if features.experts is None else f"{prefix}.mlp.router.weight",
@@ -211,12 +227,13 @@ def final_norm(spec: NetworkSpec) -> NormModule:
 
 
 def _mlps(spec: NetworkSpec, prefix: str) -> Iterator[MlpModules]:
-    features = spec.features
-    hidden, ffn = spec.hidden_size, spec.intermediate_size
-    num_experts = 0 if features.experts is None else features.experts.num_experts
+    features, mapping = spec.features, spec.mapping
+    hidden, ffn = spec.hidden_size, spec.rank_intermediate_size
+    num_experts = len(spec.rank_experts)
 
     def linear(name: str, num_outputs: int, num_inputs: int, expert: int | None) -> Linear:
         source = f"{prefix}.{name}"
+        row_parallel = name == "proj"
         return Linear(
             module=source if expert is None else f"{prefix}.experts.{expert}.{name}",
             source=source,
@@ -224,13 +241,16 @@ def _mlps(spec: NetworkSpec, prefix: str) -> Iterator[MlpModules]:
             num_inputs=num_inputs,
             format=spec.format_of(source),
             biased=features.biases.mlp,
-            expert=expert,
+            expert=None if expert is None else expert - spec.rank_experts.start,
             num_experts=num_experts,
+            # Experts are added up on the rank first, and then over ranks: no place for a bias.
+            summed=row_parallel and mapping.tp > 1 and expert is None,
+            biasable=not (row_parallel and mapping.moe_tp > 1 and expert is not None),
         )
 
     fc_width = 2 * ffn if features.mlp_form is MlpForm.FUSED else ffn
     gated = features.mlp_form is MlpForm.GATED
-    experts: tuple[int | None, ...] = tuple(range(num_experts)) or (None,)
+    experts: tuple[int | None, ...] = tuple(spec.rank_experts) or (None,)
     for expert in experts:
         yield MlpModules(
             fc=linear("fc", fc_width, hidden, expert),

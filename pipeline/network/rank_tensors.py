@@ -32,9 +32,11 @@ from pipeline.network.modules import (
     final_norm,
     layer_modules,
 )
+from pipeline.network.rank_facts import RankFacts
 from pipeline.network.rope import Rotary, rotary_tables
 from pipeline.network.spec import NetworkSpec
 from pipeline.network.weights_file import WeightRef, WeightsFile
+from pipeline.parallel import Axis
 from pipeline.progress import Progress
 from pipeline.quant.formats import FORMATS
 
@@ -65,6 +67,23 @@ class LinearRef:
     bias: WeightRef | None = None
     zero_point: WeightRef | None = None
 
+    @property
+    def num_outputs(self) -> int:
+        """N."""
+        return self.weight.shape[1 if self._has_codes else 0]
+
+    @property
+    def _has_codes(self) -> bool:
+        return self.weight.dtype not in ("float16", "float32")
+
+    def first_outputs(self, num_outputs: int) -> LinearRef:
+        """The linear without its last outputs; codes, which lie as [K, N], can only stay whole."""
+        if num_outputs == self.num_outputs:
+            return self
+        assert not self._has_codes, "_padding_problems refuses this"
+        bias = self.bias and self.bias.first_rows(num_outputs)
+        return LinearRef(self.weight.first_rows(num_outputs), bias=bias)
+
 
 @dataclass
 class RankRefs:
@@ -81,7 +100,7 @@ def check_rank(reader: CheckpointReader, spec: NetworkSpec, path: Path) -> None:
         CheckpointError: every missing, unused or differing tensor, and every int4 linear whose
             sizes do not divide.
     """
-    problems = list(_division_problems(spec, path))
+    problems = [*_division_problems(spec, path), *_padding_problems(reader, spec, path)]
     if problems:
         raise CheckpointError(problems)
     required, optional = _expected(reader, spec)
@@ -102,9 +121,10 @@ def check_rank(reader: CheckpointReader, spec: NetworkSpec, path: Path) -> None:
 
 
 def head_linear(reader: CheckpointReader, spec: NetworkSpec) -> Linear:
-    """lm_head; it may have more rows than tokens (padding)."""
-    num_rows = _num_token_rows(reader, spec, f"{HEAD}.weight")
-    return Linear(HEAD, HEAD, num_rows, spec.hidden_size, FORMATS["fp16"])
+    """lm_head; it may have more rows than the rank has tokens (padding)."""
+    num_rows = _num_token_rows(reader, spec, f"{HEAD}.weight", spec.mapping.tp > 1)
+    fmt = spec.format_of(HEAD) if spec.format.is_mixed else FORMATS["fp16"]
+    return Linear(HEAD, HEAD, num_rows, spec.hidden_size, fmt)
 
 
 def store_rank(
@@ -119,41 +139,82 @@ def store_rank(
     Raises:
         CheckpointError: an int4 scale that float16 cannot hold.
     """
-    stored = RankRefs()
-
-    def store_plain(name: str, dtype: str = "float16") -> WeightRef:
-        blocks = (block for _, block in reader.row_blocks(name, _BLOCK_BYTES))
-        stored.tensors[name] = weights_file.add(name, dtype, reader.tensors[name].shape, blocks)
-        return stored.tensors[name]
-
-    def store_linear(linear: Linear) -> None:
-        stored.linears[linear.module] = _store_linear(reader, weights_file, linear)
-
-    progress.start(spec.num_layers + 2, "layers")
-    embedding = store_plain(EMBEDDING)
-    if spec.features.learned_positions:
-        store_plain(POSITIONS)
+    progress.start(spec.num_rank_layers + spec.has_embedding + spec.has_head, "layers")
+    store = _RankStore(reader, spec, weights_file)
+    if spec.has_embedding:
+        store.embedding()
+        progress.advance("embedding")
     if spec.features.rotary is not None:
-        _store_rotary_tables(weights_file, stored, spec.features.rotary, num_positions)
-    progress.advance("embedding")
-    for layer in range(spec.num_layers):
-        modules = layer_modules(spec, layer)
+        _store_rotary_tables(weights_file, store.refs, spec.features.rotary, num_positions)
+    for layer, number in enumerate(spec.rank_layers):
+        store.layer(layer)
+        progress.advance(f"layer {number}")
+    if spec.has_head:
+        store.head()
+        progress.advance("lm_head")
+    return store.refs
+
+
+class _RankStore:
+    """Copies the parts of a rank, and notes in `refs` where they lie."""
+
+    def __init__(
+        self, reader: CheckpointReader, spec: NetworkSpec, weights_file: WeightsFile
+    ) -> None:
+        self.refs = RankRefs()
+        self._reader = reader
+        self._spec = spec
+        self._file = weights_file
+
+    def embedding(self) -> None:
+        self._plain(EMBEDDING)
+        if self._spec.features.learned_positions:
+            self._plain(POSITIONS)
+
+    def layer(self, layer: int) -> None:
+        modules = layer_modules(self._spec, layer)
         for norm in modules.all_norms:
             for vector in norm.vectors:
-                store_plain(vector)
+                self._plain(vector)
         if modules.router is not None:
-            store_plain(modules.router, "float32")
+            self._plain(modules.router, "float32")
         for linear in modules.linears:
-            store_linear(linear)
-        progress.advance(f"layer {layer}")
-    for vector in final_norm(spec).vectors:
-        store_plain(vector)
-    if f"{HEAD}.weight" in reader.tensors:
-        store_linear(head_linear(reader, spec))
-    else:
-        stored.linears[HEAD] = LinearRef(embedding)
-    progress.advance("lm_head")
-    return stored
+            self._linear(linear)
+
+    def head(self) -> None:
+        for vector in final_norm(self._spec).vectors:
+            self._plain(vector)
+        if f"{HEAD}.weight" in self._reader.tensors:
+            self._linear(head_linear(self._reader, self._spec))
+        else:
+            self.refs.linears[HEAD] = LinearRef(self.refs.tensors[EMBEDDING])
+
+    def _plain(self, name: str, dtype: str = "float16") -> None:
+        blocks = (block for _, block in self._reader.row_blocks(name, _BLOCK_BYTES))
+        shape = self._reader.tensors[name].shape
+        self.refs.tensors[name] = self._file.add(name, dtype, shape, blocks)
+
+    def _linear(self, linear: Linear) -> None:
+        self.refs.linears[linear.module] = _store_linear(self._reader, self._file, linear)
+
+
+def first_row(spec: NetworkSpec, table: WeightRef) -> int:
+    """Of a table that is cut over the ranks of a stage, each of which has as many rows."""
+    return spec.mapping.tp_rank * table.shape[0]
+
+
+def rank_facts(spec: NetworkSpec, stored: RankRefs) -> RankFacts:
+    """What the rank's graphs say about it."""
+    mapping = spec.mapping
+    return RankFacts(
+        tp=mapping.tp,
+        pp=mapping.pp,
+        moe_ep=mapping.moe_ep,
+        rank=mapping.rank,
+        first_layer=spec.rank_layers.start,
+        vocab_size=spec.vocab_size,
+        first_row=spec.mapping.tp_rank * stored.linears[HEAD].num_outputs if spec.has_head else 0,
+    )
 
 
 def rotary_table_name(part: str, dtype: str) -> str:
@@ -172,39 +233,60 @@ def read_linear(reader: CheckpointReader, linear: Linear, tensor: str) -> npt.ND
 
 def _expected(reader: CheckpointReader, spec: NetworkSpec) -> tuple[Tensors, Tensors]:
     """Tensors that must be there, tensors that may."""
-    head = head_linear(reader, spec)
-    num_rows = _num_token_rows(reader, spec, EMBEDDING)
-    required: Tensors = {EMBEDDING: ("F16", (num_rows, spec.hidden_size))}
-    if spec.features.learned_positions:
-        required[POSITIONS] = ("F16", (spec.max_position_embeddings, spec.hidden_size))
-    required |= dict.fromkeys(final_norm(spec).vectors, ("F16", (spec.hidden_size,)))
-    optional = head.optional()
-    (optional if spec.shared_embedding else required).update(head.required())
-    for layer in range(spec.num_layers):
+    required: Tensors = {}
+    optional: Tensors = {}
+    if spec.has_embedding:
+        num_rows = _num_token_rows(reader, spec, EMBEDDING, spec.cut_embedding)
+        required[EMBEDDING] = ("F16", (num_rows, spec.hidden_size))
+        if spec.features.learned_positions:
+            num_positions = spec.table_rows(Axis.POSITION, cut=spec.cut_embedding)
+            required[POSITIONS] = ("F16", (num_positions, spec.hidden_size))
+    if spec.has_head:
+        head = head_linear(reader, spec)
+        required |= dict.fromkeys(final_norm(spec).vectors, ("F16", (spec.hidden_size,)))
+        optional |= head.optional()
+        (optional if spec.shared_embedding else required).update(head.required())
+    for layer in range(spec.num_rank_layers):
         modules = layer_modules(spec, layer)
         for norm in modules.all_norms:
             required |= dict.fromkeys(norm.vectors, ("F16", (norm.size,)))
         if modules.router is not None:
-            required[modules.router] = ("F32", (len(modules.mlps), spec.hidden_size))
+            assert spec.features.experts is not None
+            required[modules.router] = (
+                "F32",
+                (spec.features.experts.num_experts, spec.hidden_size),
+            )
         for linear in modules.linears:
             required |= linear.required()
             optional |= linear.optional()
     return required, optional
 
 
-def _num_token_rows(reader: CheckpointReader, spec: NetworkSpec, name: str) -> int:
-    """Rows that a table of the vocabulary must have: its own count, but at least vocab_size."""
+def _num_token_rows(reader: CheckpointReader, spec: NetworkSpec, name: str, cut: bool) -> int:
+    """Rows that a table of the vocabulary must have: its own count, but at least what tokens need."""
+    needed = spec.table_rows(Axis.VOCAB, cut=cut)
     tensor = reader.tensors.get(name)
     has_rows = tensor is not None and len(tensor.shape) == 2
-    return max(tensor.shape[0], spec.vocab_size) if tensor and has_rows else spec.vocab_size
+    return max(tensor.shape[0], needed) if tensor and has_rows else needed
 
 
 def _division_problems(spec: NetworkSpec, path: Path) -> Iterator[Problem]:
-    for layer in range(spec.num_layers):
+    for layer in range(spec.num_rank_layers):
         for linear in layer_modules(spec, layer).linears:
             where = f"{path}: {linear.module}"
             for what in dict.fromkeys(linear.division_problems()):
                 yield Problem(where, what, fix="quantize with another group size or format")
+
+
+def _padding_problems(reader: CheckpointReader, spec: NetworkSpec, path: Path) -> Iterator[Problem]:
+    """Codes of lm_head lie as [K, N], so that rows of padding cannot be left out."""
+    if not spec.has_head or spec.mapping.tp > 1:
+        return
+    head = head_linear(reader, spec)
+    if head.quantized and head.num_outputs != spec.vocab_size:
+        what = f"has {head.num_outputs} rows, and the model {spec.vocab_size} tokens"
+        fix = "convert it again with trtpipe, which pads no vocabulary for one rank"
+        yield Problem(f"{path}: {HEAD}.weight", what, "as many rows as tokens", fix)
 
 
 def _store_linear(reader: CheckpointReader, weights_file: WeightsFile, linear: Linear) -> LinearRef:

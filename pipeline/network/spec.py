@@ -1,12 +1,18 @@
-"""What a network is: sizes and features of one rank, free of the names of architectures."""
+"""What a network is: sizes and features of one rank, free of the names of architectures.
+
+Sizes are those of the whole model; properties that start with `rank_` are this rank's share of them, by
+the rules of `pipeline.parallel`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 
 from pipeline.models.decoder import PRE_NORM, Activation, MlpForm, Norm, Residual
 from pipeline.network.rope import Rotary
+from pipeline.parallel import Axis, Dim, Extent, Mapping, experts_of_rank, layers_of_stage, part
 from pipeline.quant.formats import FORMATS, QuantFormat
 
 
@@ -67,10 +73,14 @@ class NetworkSpec:
     """Sizes and options of one rank's network; names as in DESIGN section 9.
 
     Attributes:
-        vocab_size: rows of lm_head that are tokens; further rows are padding and get no logit.
-        format: how linears are stored; in a mixed one, exceptions by their names in TensorRT-LLM.
-        excluded_modules: fnmatch patterns of modules that stay float16.
+        vocab_size: tokens; further rows of lm_head are padding.
+        format: how linears are stored; in a mixed one, exceptions by their names in TensorRT-LLM, which
+            counts layers from the first of a stage.
+        excluded_modules: fnmatch patterns of modules that stay float16; layers are counted alike.
         shared_embedding: lm_head uses the embedding table when it has no weight of its own.
+        mapping: of the rank.
+        cut_embedding: tables of tokens and positions are cut by rows over the tensor-parallel ranks;
+            otherwise each of them has the whole.
     """
 
     hidden_size: int
@@ -86,6 +96,68 @@ class NetworkSpec:
     excluded_modules: tuple[str, ...]
     shared_embedding: bool
     features: Features
+    mapping: Mapping
+    cut_embedding: bool
+
+    @cached_property
+    def rank_layers(self) -> range:
+        """The rank's layers by their numbers in the model. Everything else counts from its first."""
+        return layers_of_stage(self.num_layers, self.mapping.pp, self.mapping.pp_rank)
+
+    @property
+    def num_rank_layers(self) -> int:
+        """How many they are."""
+        return len(self.rank_layers)
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the rank starts from token ids, not from the hidden states of another stage."""
+        return self.mapping.pp_rank == 0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it ends with logits, not with hidden states for another stage."""
+        return self.mapping.pp_rank == self.mapping.pp - 1
+
+    @property
+    def rank_heads(self) -> int:
+        """Query heads."""
+        return self._share(Axis.Q, self.num_heads)
+
+    @property
+    def rank_kv_heads(self) -> int:
+        """Key/value heads; one that other ranks have, too, where there are more ranks than heads."""
+        return self._share(Axis.KV, self.num_kv_heads)
+
+    @property
+    def rank_intermediate_size(self) -> int:
+        """Channels of the feed-forward network, or of each expert."""
+        axis = Axis.FFN if self.features.experts is None else Axis.EXPERT_FFN
+        return self._share(axis, self.intermediate_size)
+
+    @property
+    def rank_experts(self) -> range:
+        """The rank's experts by their numbers in the model; empty without a mixture."""
+        experts = self.features.experts
+        return range(0) if experts is None else experts_of_rank(experts.num_experts, self.mapping)
+
+    def table_rows(self, axis: Axis, *, cut: bool) -> int:
+        """Rows that the rank needs of a table of VOCAB or POSITION, `cut` over the ranks or whole."""
+        sizes = {Axis.VOCAB: self.vocab_size, Axis.POSITION: self.max_position_embeddings}
+        return self._share(axis, sizes[axis]) if cut else sizes[axis]
+
+    def _share(self, axis: Axis, units: int) -> int:
+        return part(Dim(axis, Extent(units)), self.mapping).size
+
+    def reads_positions(self, cache_length: int) -> bool:
+        """Whether anything in the rank's graph depends on the position of a token."""
+        features = self.features
+        return (
+            features.rotary is not None
+            or (features.learned_positions and self.has_embedding)
+            or features.attention_softcap is not None
+            or any(self.window_of(layer, cache_length) for layer in range(self.num_rank_layers))
+        )
 
     def format_of(self, module: str) -> QuantFormat:
         """How the linear `module` (full TensorRT-LLM name) is stored."""
@@ -100,9 +172,9 @@ class NetworkSpec:
         return self.head_size**-0.5 if scale is None else scale
 
     def window_of(self, layer: int, cache_length: int) -> int | None:
-        """The window of a layer that a cache of `cache_length` positions can reach beyond."""
+        """The window of the rank's layer that a cache of `cache_length` positions can reach beyond."""
         windows = self.features.windows
-        size = windows[layer % len(windows)] if windows else cache_length
+        size = windows[self.rank_layers[layer] % len(windows)] if windows else cache_length
         return size if size < cache_length else None
 
     def masked_attentions(self, cache_length: int) -> list[bool]:
@@ -112,4 +184,5 @@ class NetworkSpec:
         """
         if self.features.attention_softcap is not None:
             return []
-        return [self.window_of(layer, cache_length) is not None for layer in range(self.num_layers)]
+        layers = range(self.num_rank_layers)
+        return [self.window_of(layer, cache_length) is not None for layer in layers]

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.network.config_fields import ConfigFields
 from pipeline.network.features import read_features
+from pipeline.network.mapping_reader import check_mapping, read_mapping
 from pipeline.network.spec import NetworkSpec
 from pipeline.quant.formats import FORMATS, QuantFormat
 
@@ -16,8 +17,8 @@ QUANTIZED_LAYERS = "quantized_layers"
 DEFAULT_EXCLUDED_MODULES = ("*lm_head", "*vocab_embedding", "*position_embedding", "*router")
 
 
-def read_spec(config: Mapping[str, Any], where: str) -> NetworkSpec:
-    """NetworkSpec of a checkpoint's config.json; `where` names the file in errors.
+def read_spec(config: Mapping[str, Any], where: str, rank: int = 0) -> NetworkSpec:
+    """NetworkSpec of one rank by a checkpoint's config.json; `where` names the file in errors.
 
     Raises:
         CheckpointError: every missing field and every value that is not implemented, at once.
@@ -40,9 +41,13 @@ def read_spec(config: Mapping[str, Any], where: str) -> NetworkSpec:
     quantization = fields.section("quantization")
     quantization.only("kv_cache_quant_algo", (None,))
     excluded = quantization.get("exclude_modules")
-    world_size = fields.section("mapping").size("world_size", 1)
-    if world_size != 1:
-        fields.refuse(f"mapping.world_size is {world_size}", "1: tp and pp are not built yet")
+    mapping = read_mapping(fields, rank)
+    cut_embedding = mapping.tp > 1 and fields.flag("use_parallel_embedding")
+    if cut_embedding:
+        fields.only("embedding_sharding_dim", (0,))
+    # Where both tables lie on one rank, cut alike.
+    can_share = mapping.pp == 1 and (mapping.tp == 1 or cut_embedding)
+    shares = fields.flag("share_embedding_table") or fields.flag("tie_word_embeddings")
     spec = NetworkSpec(
         hidden_size=hidden_size,
         num_layers=fields.size("num_hidden_layers"),
@@ -53,13 +58,30 @@ def read_spec(config: Mapping[str, Any], where: str) -> NetworkSpec:
         vocab_size=fields.size("vocab_size"),
         max_position_embeddings=fields.size("max_position_embeddings"),
         norm_epsilon=fields.number("norm_epsilon", 1e-5),
-        format=_read_format(quantization),
-        excluded_modules=DEFAULT_EXCLUDED_MODULES if excluded is None else tuple(excluded),
-        shared_embedding=fields.flag("share_embedding_table") or fields.flag("tie_word_embeddings"),
+        format=(fmt := _read_format(quantization)),
+        excluded_modules=_usually_excluded(fmt) if excluded is None else tuple(excluded),
+        shared_embedding=shares and can_share,
         features=read_features(fields, head_size),
+        mapping=mapping,
+        cut_embedding=cut_embedding,
+    )
+    experts = spec.features.experts
+    check_mapping(
+        fields,
+        mapping,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=spec.intermediate_size,
+        num_layers=spec.num_layers,
+        num_experts=0 if experts is None else experts.num_experts,
     )
     fields.finish()
     return spec
+
+
+def _usually_excluded(fmt: QuantFormat) -> tuple[str, ...]:
+    """In a mixed checkpoint nothing is quantized that is not named, lm_head included."""
+    return () if fmt.is_mixed else DEFAULT_EXCLUDED_MODULES
 
 
 def _read_format(quantization: ConfigFields) -> QuantFormat:

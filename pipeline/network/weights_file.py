@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import Problem, StageError
+from pipeline.disk import not_written
+from pipeline.errors import StageError
 
 # Page size: each tensor can be mapped by itself.
 ALIGNMENT = 4096
@@ -107,7 +108,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StageError(Problem(str(path), f"cannot be written: {error.strerror}")) from error
+        raise StageError(not_written(path, error)) from error
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -85,7 +85,7 @@ def test_a_config_lists_all_its_problems() -> None:
         "position_embedding_type": "alibi",
         "rotary_scaling": {"rope_type": "yarn", "factor": 2.0},
         "qk_layernorm": True,
-        "mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1},
+        "mapping": {"world_size": 3, "tp_size": 2, "pp_size": 1},
         "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"},
     }
     with pytest.raises(CheckpointError) as caught:
@@ -94,7 +94,7 @@ def test_a_config_lists_all_its_problems() -> None:
         "config.json: hidden_size is 0; allowed: an integer, 1 or more",
         "config.json: dtype is 'bfloat16'; allowed: float16",
         "config.json: quantization: kv_cache_quant_algo is 'FP8'; allowed: null",
-        "config.json: mapping.world_size is 2; allowed: 1: tp and pp are not built yet",
+        "config.json: mapping: world_size is 3, but tp_size 2 x pp_size 1 is 2; allowed: 2",
         "config.json: max_position_embeddings is None; allowed: an integer, 1 or more",
         "config.json: quantization: quant_algo is 'NVFP4'; allowed: null, W4A16_AWQ, W4A16_GPTQ, "
         "W4A8_AWQ, FP8, W8A8_SQ_PER_CHANNEL, W8A16, MIXED_PRECISION",
@@ -136,9 +136,9 @@ def test_a_config_must_be_an_object(fp16_checkpoint: Path, tmp_path: Path) -> No
         export(tmp_path, tmp_path / "out")
 
 
-def test_a_missing_rank_is_named(fp16_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_rank_beyond_the_mapping_is_named(fp16_checkpoint: Path, tmp_path: Path) -> None:
     limits = BuildLimits(1, 8, 8)
-    with pytest.raises(CheckpointError, match=r"rank1\.safetensors: no such file; fix: convert"):
+    with pytest.raises(CheckpointError, match=r"mapping: there is no rank 1; allowed: 0 to 0"):
         export_network(fp16_checkpoint, 1, tmp_path, limits, SilentProgress())
 
 

@@ -85,7 +85,7 @@ def fp16(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def prove(built: Built, plan: Path) -> None:
-    spec = read_checkpoint_spec(built.checkpoint, LIMITS)
+    spec = read_checkpoint_spec(built.checkpoint, 0, LIMITS)
     reader = CheckpointReader(built.checkpoint / "rank0.safetensors")
     forms = expected_forms(reader, spec, LIMITS.max_seq_len)
     prove_weights(plan, read_header(plan).weights, forms)
@@ -137,7 +137,7 @@ def test_the_header_names_the_target(tmp_path: Path) -> None:
     version = built.facts.compiler.removeprefix("tensorrt_rtx ")
     assert read_header(built.plan).sms == (120,)
     with pytest.raises(GateError, match="was built for SM120; allowed: SM89"):
-        check_header(built.plan, version, 89)
+        check_header(built.plan, version, (89,))
 
 
 @pytest.mark.parametrize("kind", ["weight", "weights_scaling_factor", "prequant_scaling_factor"])
@@ -236,7 +236,7 @@ def test_what_the_compiler_refuses_is_quoted(int4: Built, tmp_path: Path) -> Non
 
 
 def test_layers_of_another_network_are_noticed(int4: Built) -> None:
-    spec = read_checkpoint_spec(int4.checkpoint, LIMITS)
+    spec = read_checkpoint_spec(int4.checkpoint, 0, LIMITS)
     listing = int4.listing()
     check_layers(listing, spec, "log")
     unfused = listing.replace("Datatype: Int4", "Datatype: Half")

@@ -141,7 +141,7 @@ def test_unfused_products_are_named(
     message: str,
 ) -> None:
     spec = read_checkpoint_spec(
-        write_random(tmp_path / "checkpoint", {"0.mlp.proj": algorithm}), LIMITS
+        write_random(tmp_path / "checkpoint", {"0.mlp.proj": algorithm}), 0, LIMITS
     )
     module = "transformer.layers.0.mlp.proj"
     product = CompiledLayer("p", "gemm", (), (), constants, (module,), inputs)
