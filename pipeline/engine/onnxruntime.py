@@ -14,6 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.engine.cpu_session import (
+    EXACT,
+    bind_cache,
+    bind_input,
+    bind_output,
+    load_session,
+)
 from pipeline.engine.kv_cache import KVCache
 from pipeline.errors import GateError, Problem
 from pipeline.network.export import LIMITS_PROPERTY, cpu_graph_path
@@ -27,12 +34,9 @@ from pipeline.network.io_names import (
     cache_names,
 )
 from pipeline.network.limits import BuildLimits
+from pipeline.network.rank_facts import facts_of_properties
 
 Int64Array = npt.NDArray[np.int64]
-
-# ONNX Runtime's own default (4) rounds activations to int8 before every int4 matrix product: about
-# 1.7 times faster, but no longer the checkpoint's numbers. 0 keeps float32 activations.
-EXACT = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class OnnxNetwork:
             with float32 activations, 4 with activations rounded to int8 (faster).
 
     Raises:
-        GateError: files missing, truncated or not made by export_network.
+        GateError: files missing, truncated or not made by export_network; or the graph is one rank of
+            several, which alone computes nothing of use.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class OnnxNetwork:
         accuracy_level: int = EXACT,
     ) -> None:
         path = cpu_graph_path(engine_dir, rank)
-        self._session = _load(path, num_threads, accuracy_level)
+        self._session = load_session(path, num_threads, accuracy_level)
         self.shape = _read_shape(self._session, path)
 
     def new_cache(self, num_rows: int) -> KVCache:
@@ -136,14 +141,11 @@ class OnnxNetwork:
         logits_BMV = np.empty((num_rows, num_logits, self.shape.vocab_size), np.float32)
         binding = self._session.io_binding()
         for name, feed in feeds.items():
-            binding.bind_input(name, "cpu", 0, np.int64, feed.shape, feed.ctypes.data)
+            bind_input(binding, name, feed)
         for layer, arrays in enumerate(zip(cache.keys, cache.values, strict=True)):
             for (past, present), array in zip(cache_names(layer), arrays, strict=True):
-                # The same memory on both sides: the update is done in place, nothing is copied.
-                place = ("cpu", 0, np.float32, array.shape, array.ctypes.data)
-                binding.bind_input(past, *place)
-                binding.bind_output(present, *place)
-        binding.bind_output(LOGITS, "cpu", 0, np.float32, logits_BMV.shape, logits_BMV.ctypes.data)
+                bind_cache(binding, past, present, array)
+        bind_output(binding, LOGITS, logits_BMV)
         self._session.run_with_iobinding(binding)
         return logits_BMV
 
@@ -191,36 +193,15 @@ def _check_range(feeds: dict[str, Int64Array], name: str, stop: int) -> None:
         raise ValueError(f"{name} holds {feed.min()} to {feed.max()}, allowed 0 to {stop - 1}")
 
 
-def _load(path: Path, num_threads: int | None, accuracy_level: int) -> Any:
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
-
-    options = onnxruntime.SessionOptions()
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
-    refusals = (
-        ort_errors.Fail,
-        ort_errors.InvalidArgument,
-        ort_errors.InvalidGraph,
-        ort_errors.InvalidProtobuf,
-        ort_errors.NoSuchFile,
-        ort_errors.NotImplemented,
-        ort_errors.RuntimeException,
-    )
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except refusals as error:
-        # Nested reports: the innermost says what is wrong, the outer ones where in ONNX Runtime.
-        cause = str(error).rpartition("[ONNXRuntimeError] : ")[2].strip()
-        problem = Problem(str(path), f"ONNX Runtime cannot load it: {cause}", fix="build again")
-        raise GateError(problem) from error
-
-
 def _read_shape(session: Any, path: Path) -> OnnxNetworkShape:
     properties = session.get_modelmeta().custom_metadata_map
     if LIMITS_PROPERTY not in properties:
         raise GateError(Problem(str(path), "is not a network of this program", fix="build again"))
+    facts = facts_of_properties(properties)
+    if facts is not None and facts.world_size > 1:
+        what = f"is rank {facts.rank} of {facts.world_size}; one process runs an engine of one rank"
+        fix = "build with tp: 1 and pp: 1, or let `verify` run the ranks under mpirun"
+        raise GateError(Problem(str(path), what, fix=fix))
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     num_layers = sum(name.startswith("past_key_") for name in inputs)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.engine.backend import BuildFacts, peak_rss_bytes
+from pipeline.engine.backend import BuildFacts
+from pipeline.engine.peak_memory import AnonymousPeak, peak_rss_bytes
 from pipeline.engine.request import WorkerRequest
 from pipeline.errors import GateError, Problem
 from pipeline.network import BuildLimits, cpu_graph_path, export_network, weights_path
@@ -37,9 +38,10 @@ class OnnxRuntimeBackend:
 
         started = time.monotonic()
         engine_dir, rank = request.engine_dir, request.rank
-        export_network(request.checkpoint_dir, rank, engine_dir, request.limits, progress)
-        progress.say("loading the network and running it once")
-        check_forward(engine_dir, rank)
+        with AnonymousPeak() as memory:
+            export_network(request.checkpoint_dir, rank, engine_dir, request.limits, progress)
+            progress.say("loading the network and running it once")
+            check_forward(engine_dir, rank)
         weight_bytes = weights_path(engine_dir, rank).stat().st_size
         return BuildFacts(
             backend=self.name,
@@ -49,37 +51,36 @@ class OnnxRuntimeBackend:
             compiler=f"onnxruntime {onnxruntime.__version__}",
             seconds=time.monotonic() - started,
             peak_rss_bytes=peak_rss_bytes(),
+            peak_anonymous_bytes=memory.nbytes,
         )
 
 
 def check_forward(engine_dir: Path, rank: int) -> None:
-    """Load the CPU graph and run a prefill and a decode step of one row.
+    """Run a prefill and a decode step of one row through the CPU graph, a segment at a time.
+
+    With several ranks, this one runs alone: what a stage before would send is random, and sums lack the
+    others' terms. That shows that every segment loads and computes numbers.
 
     Raises:
-        GateError: it does not load, or a logit is not a finite number.
+        GateError: a segment does not load, or a result is not a finite number.
     """
     import numpy as np
 
-    from pipeline.engine.onnxruntime import OnnxNetwork
+    from pipeline.engine.collectives import Alone
+    from pipeline.engine.segments import RankGraph
+    from pipeline.engine.sharded import ShardedNetwork
+    from pipeline.parallel import Mapping
 
-    network = OnnxNetwork(engine_dir, rank)
-    shape = network.shape
-    num_tokens = min(4, shape.max_seq_len)
-    cache = network.new_cache(1)
-    ids = np.linspace(0, shape.vocab_size - 1, num_tokens).astype(np.int64)
-    for start, stop in ((0, num_tokens - 1), (num_tokens - 1, num_tokens)):
-        if start == stop:
-            continue
-        logits = network.run(
-            ids[None, start:stop],
-            np.arange(start, stop)[None],
-            np.array([start]),
-            np.array([stop]),
-            np.array([[stop - start - 1]]),
-            cache,
-        )
-        if not np.isfinite(logits).all():
-            path = str(cpu_graph_path(engine_dir, rank))
-            what = f"{int((~np.isfinite(logits)).sum())} of {logits.size} logits are not finite"
-            fix = "check the checkpoint's weights and scales"
-            raise GateError(Problem(path, what, fix=fix))
+    graph = RankGraph(engine_dir, rank)
+    facts = graph.facts
+    alone = Alone(Mapping(facts.tp, facts.pp, rank, facts.moe_ep))
+    num_tokens = min(4, graph.limits.max_seq_len)
+    ids_1T = np.linspace(0, facts.vocab_size - 1, num_tokens).astype(np.int64)[None]
+    results = [*ShardedNetwork(engine_dir, alone).logits(ids_1T, max(1, num_tokens - 1))]
+    numbers = np.concatenate([alone.sent, *(part.ravel() for part in results if part is not None)])
+    num_bad = int((~np.isfinite(numbers)).sum())
+    if num_bad:
+        kind = "logits" if graph.has_head else "hidden states"
+        path = str(cpu_graph_path(engine_dir, rank))
+        what = f"{num_bad} of {numbers.size} {kind} are not finite"
+        raise GateError(Problem(path, what, fix="check the checkpoint's weights and scales"))

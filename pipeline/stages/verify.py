@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import LoadedConfig
-from pipeline.errors import GateError, Problem
+from pipeline.errors import GateError, Problem, ToolError
+from pipeline.launch import find_mpirun
+from pipeline.stages.launching import hostfile
 from pipeline.stages.stage import StageContext, StageDefaults
 from pipeline.stages.texts import heldout_path, load_heldout, needed_to_read
 
 
 class Verify(StageDefaults):
-    """transformers (fp32) against ONNX Runtime running the engine's own network and weights."""
+    """transformers (fp32) against ONNX Runtime running the engine's own network and weights.
+
+    Both take a layer at a time; the ranks of an engine run together under mpirun.
+    """
 
     name = "verify"
-    version = 2
+    version = 3
 
     def config_subset(self, loaded: LoadedConfig) -> dict[str, Any]:
         """Windows and gates; which text is an external file. A rehearsal has no gates."""
@@ -31,9 +37,22 @@ class Verify(StageDefaults):
         """Both sides of the comparison."""
         return ("torch", "transformers", "onnxruntime", "tokenizers")
 
+    def tool_problems(self, loaded: LoadedConfig) -> tuple[Problem, ...]:
+        """No mpirun for several ranks, however they are built."""
+        if loaded.config.mapping.world_size == 1 or loaded.config.build.launch == "mpirun":
+            return ()  # then `build` says so
+        try:
+            find_mpirun()
+        except ToolError as error:
+            where = loaded.where("mapping")
+            fix = "pip install 'trtpipe[mpi]', or another MPI: the ranks are verified together"
+            return tuple(replace(problem, where=where, fix=fix) for problem in error.problems)
+        return ()
+
     def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
-        """What reads the text."""
-        return needed_to_read(heldout_path(loaded))
+        """What reads the text, and lets several ranks work together."""
+        mpi = ("mpi4py",) if loaded.config.mapping.world_size > 1 else ()
+        return (*needed_to_read(heldout_path(loaded)), *mpi)
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Compare, write the report, judge.
@@ -55,6 +74,8 @@ class Verify(StageDefaults):
             load_heldout(context.loaded),
             options,
             context.progress,
+            context.out_dir,
+            hostfile(context.loaded),
         )
         write_report(report, context.out_dir)
         failed = [verdict for verdict in report.verdicts if not verdict.passed]

@@ -1,6 +1,6 @@
 """Original model against engine on held-out text.
 
-Shape suffixes: T tokens of one window, C positions of one chunk, V true vocabulary, N measured tokens.
+Shape suffixes: N measured tokens.
 """
 
 from __future__ import annotations
@@ -8,31 +8,37 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.checkpoint.source import PLAIN_METHOD, open_files
+from pipeline.checkpoint.source import PLAIN_METHOD, HfCheckpoint, open_files
 from pipeline.checkpoint.strict_json import parse_object
-from pipeline.errors import CheckpointError, PlanError, Problem, StageError
+from pipeline.errors import CheckpointError, GateError, PlanError, Problem
 from pipeline.models import ModelShape
+from pipeline.network import cpu_graph_path, weights_path
+from pipeline.network.rank_facts import RankFacts
 from pipeline.progress import Progress
 from pipeline.quant.data import Document, TokenWindows, token_windows
 from pipeline.quant.source import SourceTokenizer, open_original, refuse_foreign_tokens
 from pipeline.verification.gates import VerifyOptions, judge
-from pipeline.verification.logits import EngineLogits, LogitsSource, OriginalLogits
+from pipeline.verification.measure import Measurement
+from pipeline.verification.ranks import RankRequest, run_engine
 from pipeline.verification.report import (
     Data,
     Histogram,
-    NotFinite,
+    RankMapping,
     Report,
     Side,
     WindowResult,
 )
-from pipeline.verification.statistics import TokenStatistics, perplexity, token_statistics
+from pipeline.verification.statistics import TokenStatistics, perplexity
+
+if TYPE_CHECKING:
+    from pipeline.quant.layers.forward import LayerOutputs
 
 CHUNK_BYTES = 64 << 20
 """Upper bound of one side's logits in memory."""
@@ -44,42 +50,41 @@ KL_EDGES = tuple(float(edge) for edge in np.logspace(-9, 1, 41))
 """Histogram edges in nats; four bins per factor of ten."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """All windows of both sides.
-
-    Attributes:
-        windows: statistics of each window.
-        not_finite: where logits are NaN or infinite, first position of each side of a window.
-    """
-
-    windows: tuple[TokenStatistics, ...]
-    not_finite: tuple[NotFinite, ...]
-
-
 def compare(
     source_dir: Path,
     engine_dir: Path,
     texts: Sequence[str | Document],
     options: VerifyOptions,
     progress: Progress,
+    work_dir: Path,
+    hostfile: Path | None = None,
 ) -> Report:
     """Run both sides over windows of `texts` and judge the difference.
 
-    The original is the checkpoint that the build started from, in transformers (float32); if it was
-    quantized already, it computes as its format says, and the report says so. The engine is the network
-    and the weights of `engine_dir` in ONNX Runtime.
+    The original is the checkpoint that the build started from, in transformers (float32), one decoder
+    layer at a time; if it was quantized already, it computes as its format says, and the report says so.
+    The engine is the network and the weights of `engine_dir` in ONNX Runtime, a layer at a time too;
+    several ranks run under mpirun, one process each.
+
+    Args:
+        work_dir: an existing directory for hidden states and logs of ranks; left as it was.
+        hostfile: of mpirun, where ranks are to run on other hosts that see the same directories.
 
     Raises:
         CheckpointError: either side cannot be loaded, or they do not belong together.
         PlanError: too little text, or windows longer than the model or the engine takes.
-        StageError: an engine of several ranks, which cannot be executed in one process.
+        GateError: files of a rank are missing or damaged.
+        StageError: activations of the original are not finite, or a rank died.
+        ToolError: several ranks and no mpirun.
     """
-    from pipeline.engine.onnxruntime import OnnxNetwork
+    from pipeline.engine.segments import RankGraph
 
     checkpoint = open_original(source_dir)
     shape = checkpoint.shape
-    quant_algo = _check_engine_config(engine_dir)
+    engine_config = _read_engine_config(engine_dir)
+    graph = RankGraph(engine_dir, 0)
+    _check_ranks(engine_dir, engine_config, graph.facts)
+    _check_vocabulary(engine_dir, graph.facts.vocab_size, shape.vocab_size)
     windows = token_windows(
         texts,
         SourceTokenizer(source_dir),
@@ -89,98 +94,52 @@ def compare(
         what="held-out text",
     )
     refuse_foreign_tokens(windows, shape.vocab_size, source_dir)
-    network = OnnxNetwork(engine_dir, num_threads=options.num_threads)
-    limits = network.shape.limits
-    _check_window_fits(options.seq_len, shape, limits.max_seq_len)
-    engine = EngineLogits(network)
-    with _torch_threads(options.num_threads):
-        original = OriginalLogits(source_dir)
-        measurement = measure(original, engine, windows, limits.max_input_len, progress)
+    _check_window_fits(options.seq_len, shape, graph.limits.max_seq_len)
+    largest_chunk = max(1, CHUNK_BYTES // (4 * graph.facts.vocab_size))
+    with TemporaryDirectory(dir=work_dir) as folder, _torch_threads(options.num_threads):
+        outputs = _run_original(checkpoint, windows, Path(folder), progress)
+        request = RankRequest(
+            source_dir=source_dir,
+            engine_dir=engine_dir,
+            tokens_path=Path(folder) / "tokens.npy",
+            hidden_path=outputs.path,
+            returns_tuple=outputs.returns_tuple,
+            call_len=min(graph.limits.max_input_len, largest_chunk),
+            num_threads=options.num_threads,
+            tp=graph.facts.tp,
+            pp=graph.facts.pp,
+            moe_ep=graph.facts.moe_ep,
+            measurement_path=Path(folder) / "measurement.npz",
+            error_path=str(Path(folder) / "rank{rank}.error.json"),
+            progress_path=str(Path(folder) / "rank{rank}.progress"),
+        )
+        np.save(request.tokens_path, windows.tokens_WT, allow_pickle=False)
+        measurement = run_engine(request, graph.facts, Path(folder), progress, hostfile)
     return _report(
         measurement,
         windows,
         options,
         shape=shape,
         quantized_by=None if checkpoint.method == PLAIN_METHOD else checkpoint.method,
-        quant_algo=quant_algo,
-        vocab_sizes=(original.vocab_size, engine.vocab_size),
+        quant_algo=engine_config.get("quantization", {}).get("quant_algo"),
+        ranks=graph.facts,
         checkpoint_bytes=sum(info.nbytes for info in open_files(source_dir).tensors.values()),
         engine_files=_engine_files(engine_dir),
     )
 
 
-def measure(
-    original: LogitsSource,
-    engine: LogitsSource,
-    windows: TokenWindows,
-    max_chunk_len: int,
-    progress: Progress,
-) -> Measurement:
-    """Statistics of every next-token prediction inside each window (T - 1 of T positions).
+def _run_original(
+    checkpoint: HfCheckpoint, windows: TokenWindows, work_dir: Path, progress: Progress
+) -> LayerOutputs:
+    """All decoder layers over all windows, one window at a time."""
+    import torch
 
-    Memory is bounded by one chunk of logits of each side, whatever the number of windows.
+    from pipeline.quant.layers.batches import equal_length_batches
+    from pipeline.quant.layers.forward import run_layers
 
-    Raises:
-        CheckpointError: the engine's vocabulary is smaller than the original's.
-    """
-    if engine.vocab_size < original.vocab_size:
-        raise CheckpointError(
-            Problem(
-                "engine",
-                f"its vocabulary of {engine.vocab_size} is smaller than the original's",
-                allowed=f"at least {original.vocab_size}",
-                fix="build the engine from this checkpoint",
-            )
-        )
-    chunk_len = max(1, min(max_chunk_len, CHUNK_BYTES // (4 * engine.vocab_size)))
-    results: list[TokenStatistics] = []
-    not_finite: list[NotFinite] = []
-    progress.start(len(windows.tokens_WT), "windows")
-    for index, tokens_T in enumerate(windows.tokens_WT):
-        result, bad = _measure_window(original, engine, tokens_T, chunk_len, index)
-        results.append(result)
-        not_finite.extend(bad)
-        progress.advance(f"KL {result.kl_N.mean():.4g} nats")
-    return Measurement(tuple(results), tuple(not_finite))
-
-
-def _measure_window(
-    original: LogitsSource,
-    engine: LogitsSource,
-    tokens_T: NDArray[np.int64],
-    chunk_len: int,
-    index: int,
-) -> tuple[TokenStatistics, list[NotFinite]]:
-    """Statistics of one window, and for each side where it first was not finite."""
-    parts: list[TokenStatistics] = []
-    bad: dict[str, NotFinite] = {}
-    start = 0
-    both = zip(
-        original.logits(tokens_T, chunk_len), engine.logits(tokens_T, chunk_len), strict=True
-    )
-    for original_CV, padded_CV in both:
-        engine_CV = padded_CV[:, : original.vocab_size]
-        for found in _not_finite(original_CV, engine_CV, index, start):
-            bad.setdefault(found.side, found)
-        next_C = tokens_T[start + 1 : start + 1 + len(original_CV)]
-        num = len(next_C)  # one less in the last chunk: the last position has no next token
-        if num:
-            parts.append(token_statistics(original_CV[:num], engine_CV[:num], next_C))
-        start += len(original_CV)
-    return TokenStatistics.join(parts), list(bad.values())
-
-
-def _not_finite(
-    original_CV: NDArray[np.float32], engine_CV: NDArray[np.float32], window: int, start: int
-) -> Iterator[NotFinite]:
-    sides: tuple[tuple[Literal["original", "engine"], NDArray[np.float32]], ...] = (
-        ("original", original_CV),
-        ("engine", engine_CV),
-    )
-    for side, logits_CV in sides:
-        finite_C = np.isfinite(logits_CV).all(axis=1)
-        if not finite_C.all():
-            yield NotFinite(side=side, window=window, position=start + int(finite_C.argmin()))
+    progress.say("running the original, layer by layer")
+    batches = equal_length_batches(windows, 1)
+    return run_layers(checkpoint, batches, work_dir / "original", torch.float32, progress)
 
 
 def _report(
@@ -191,20 +150,20 @@ def _report(
     shape: ModelShape,
     quantized_by: str | None,
     quant_algo: str | None,
-    vocab_sizes: tuple[int, int],
+    ranks: RankFacts,
     checkpoint_bytes: int,
     engine_files: dict[str, int],
 ) -> Report:
     tokens = TokenStatistics.join(list(measurement.windows))
     original = Side(
-        vocab_size=vocab_sizes[0],
+        vocab_size=shape.vocab_size,
         loss=float(tokens.original_loss_N.mean()),
         perplexity=perplexity(tokens.original_loss_N),
         weight_bytes=checkpoint_bytes,
         deployed_bytes=checkpoint_bytes,
     )
     engine = Side(
-        vocab_size=vocab_sizes[1],
+        vocab_size=ranks.vocab_size,
         loss=float(tokens.engine_loss_N.mean()),
         perplexity=perplexity(tokens.engine_loss_N),
         weight_bytes=sum(size for name, size in engine_files.items() if name.endswith(".weights")),
@@ -218,6 +177,8 @@ def _report(
         architecture=shape.architecture,
         quant_algo=quant_algo,
         original_quantized_by=quantized_by,
+        mapping=RankMapping(tp=ranks.tp, pp=ranks.pp, moe_ep=ranks.moe_ep),
+        executed=_executed(ranks.world_size),
         data=Data(
             num_windows=len(windows.tokens_WT),
             num_windows_available=windows.num_available,
@@ -274,8 +235,12 @@ def _loss_pairs(tokens: TokenStatistics) -> tuple[tuple[float, float], ...]:
     return tuple((round(float(left), 6), round(float(right), 6)) for left, right in pairs)
 
 
-def _check_engine_config(engine_dir: Path) -> str | None:
-    """The engine's quant_algo (None for fp16), when it is an engine that can be executed here."""
+def _executed(num_ranks: int) -> str:
+    return "1 rank in one process" if num_ranks == 1 else f"{num_ranks} ranks under mpirun"
+
+
+def _read_engine_config(engine_dir: Path) -> dict[str, Any]:
+    """pretrained_config of an engine."""
     path = engine_dir / "config.json"
     try:
         config: Any = parse_object(path.read_bytes()).get("pretrained_config")
@@ -286,18 +251,42 @@ def _check_engine_config(engine_dir: Path) -> str | None:
         raise CheckpointError(Problem(str(path), f"not valid JSON: {error}")) from error
     if not isinstance(config, dict):
         raise CheckpointError(Problem(str(path), "has no pretrained_config: not an engine"))
-    num_ranks = config.get("mapping", {}).get("world_size", 1)
-    if num_ranks != 1:
-        raise StageError(
+    return config
+
+
+def _check_ranks(engine_dir: Path, config: dict[str, Any], facts: RankFacts) -> None:
+    """Whether config.json and the networks are of one engine, and all ranks are there."""
+    world_size = config.get("mapping", {}).get("world_size", 1)
+    if world_size != facts.world_size:
+        raise CheckpointError(
             Problem(
                 str(engine_dir),
-                f"the engine has {num_ranks} ranks; they cannot be executed in one process yet",
-                allowed="1 rank",
-                fix="verify the same checkpoint built with tp: 1 and pp: 1",
+                f"config.json is of {world_size} ranks, rank0.onnx of {facts.world_size}",
+                allowed="config.json and networks of one build",
+                fix="build the engine again",
             )
         )
-    quant_algo: str | None = config.get("quantization", {}).get("quant_algo")
-    return quant_algo
+    problems = [
+        Problem(str(path), "is missing", fix="build the engine again")
+        for rank in range(facts.world_size)
+        for path in (cpu_graph_path(engine_dir, rank), weights_path(engine_dir, rank))
+        if not path.is_file()
+    ]
+    if problems:
+        raise GateError(problems)
+
+
+def _check_vocabulary(engine_dir: Path, engine_size: int, original_size: int) -> None:
+    """An engine may have rows of padding; known before hours of computing."""
+    if engine_size < original_size:
+        raise CheckpointError(
+            Problem(
+                str(engine_dir),
+                f"its vocabulary of {engine_size} is smaller than the original's",
+                allowed=f"at least {original_size}",
+                fix="build the engine from this checkpoint",
+            )
+        )
 
 
 def _check_window_fits(seq_len: int, shape: ModelShape, max_seq_len: int) -> None:

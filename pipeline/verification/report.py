@@ -49,7 +49,7 @@ class Side(_Record):
         vocab_size: of its logits; the engine's may be padded.
         loss: mean -log p of the next token, nats per token.
         perplexity: exp(loss).
-        weight_bytes: tensors of the checkpoint; the engine's weights file.
+        weight_bytes: tensors of the checkpoint; the weights files of the engine's ranks.
         deployed_bytes: what a device needs: the checkpoint; the compiled engine, which adds code to the
             weights, or without one the CPU graph and its weights.
     """
@@ -88,6 +88,14 @@ class Data(_Record):
     tokens_sha256: str
 
 
+class RankMapping(_Record):
+    """How the engine's ranks share the model."""
+
+    tp: int = 1
+    pp: int = 1
+    moe_ep: int = 1
+
+
 class Report(_Record):
     """Original against engine.
 
@@ -97,6 +105,7 @@ class Report(_Record):
         original_quantized_by: "modelopt", "awq" or "gptq" when the build started from weights that were
             quantized already: then it computes as their format says, and the comparison says nothing
             about what quantizing them had lost. None for plain weights.
+        executed: how the engine's network was run.
         engine_files: name -> bytes of every file in the engine directory that holds weights or graph.
         mean_kl, p99_kl, max_kl: KL(original || engine), nats per token.
         top1_agreement: share of tokens where both rank the same token first.
@@ -108,6 +117,8 @@ class Report(_Record):
     architecture: str
     quant_algo: str | None
     original_quantized_by: str | None = None
+    mapping: RankMapping = RankMapping()
+    executed: str = "1 rank in one process"
     data: Data
     original: Side
     engine: Side

@@ -15,16 +15,15 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoint.convert import convert_checkpoint
 from pipeline.engine import write_engine_config
-from pipeline.errors import CheckpointError, PlanError, StageError
+from pipeline.errors import CheckpointError, GateError, PlanError, StageError
 from pipeline.network.export import export_network
 from pipeline.network.limits import BuildLimits
 from pipeline.progress import SilentProgress
 from pipeline.quant.data import TokenWindows
 from pipeline.quant.quantizer import QuantizeOptions, quantize_checkpoint
 from pipeline.verification import Gates, Report, VerifyOptions, compare, read_report, write_report
-from pipeline.verification.comparison import measure
 from pipeline.verification.gates import judge
-from pipeline.verification.logits import OriginalLogits
+from pipeline.verification.measure import Measurement, measure
 from pipeline.verification.report import NotFinite
 from pipeline.verification.statistics import perplexity, token_statistics
 from tests.tiny import write_tiny_llama
@@ -64,8 +63,13 @@ def fp16_engine(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fp16_report(source: Path, fp16_engine: Path) -> Report:
-    return compare(source, fp16_engine, TEXTS, OPTIONS, QUIET)
+def fp16_report(
+    source: Path, fp16_engine: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Report:
+    work_dir = tmp_path_factory.mktemp("work")
+    report = compare(source, fp16_engine, TEXTS, OPTIONS, QUIET, work_dir)
+    assert not list(work_dir.iterdir())
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,8 @@ def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def int4_report(source: Path, quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     engine = build(quantized, tmp_path_factory.mktemp("int4"))
-    return compare(source, engine, TEXTS, OPTIONS, QUIET)
+    work_dir = tmp_path_factory.mktemp("work")
+    return compare(source, engine, TEXTS, OPTIONS, QUIET, work_dir)
 
 
 def verdicts(report: Report) -> dict[str, bool]:
@@ -96,6 +101,18 @@ def test_an_fp16_engine_is_the_original_up_to_rounding(fp16_report: Report) -> N
     assert fp16_report.perplexity_ratio == pytest.approx(1, abs=1e-6)  # 2e-8 observed
 
 
+def test_an_engine_of_fewer_tokens_is_refused_before_anything_runs(
+    source: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_llama(tmp_path / "other", vocab_size=500)
+    engine = build(write_tiny_tokenizer(other), tmp_path)
+    work_dir = tmp_path / "work"  # nothing may be written
+    with pytest.raises(
+        CheckpointError, match=r"its vocabulary of 500 is smaller than .*; allowed: at least 512"
+    ):
+        compare(source, engine, TEXTS, OPTIONS, QUIET, work_dir)
+
+
 def test_an_int4_engine_differs_a_little(int4_report: Report, fp16_report: Report) -> None:
     assert int4_report.quant_algo == "W4A16_AWQ"
     assert 5e-3 < int4_report.mean_kl < 0.05  # 0.025 observed
@@ -106,7 +123,9 @@ def test_an_int4_engine_differs_a_little(int4_report: Report, fp16_report: Repor
     assert int4_report.data == fp16_report.data
 
 
-def test_perplexity_is_transformers_own_loss(source: Path, fp16_engine: Path) -> None:
+def test_perplexity_is_transformers_own_loss(
+    source: Path, fp16_engine: Path, tmp_path: Path
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,7 +145,7 @@ def test_perplexity_is_transformers_own_loss(source: Path, fp16_engine: Path) ->
         ids = torch.tensor([[1, *piece]])
         with torch.no_grad():
             losses.append(float(model(ids, labels=ids).loss))
-    report = compare(source, fp16_engine, TEXTS, everything, QUIET)
+    report = compare(source, fp16_engine, TEXTS, everything, QUIET, tmp_path)
     assert report.data.num_windows == report.data.num_windows_available == len(pieces)
     assert report.original.loss == pytest.approx(np.mean(losses), rel=1e-6)  # 3e-8 observed
     assert report.original.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
@@ -138,7 +157,7 @@ def test_a_broken_engine_fails_its_gates(source: Path, quantized: Path, tmp_path
         for layer in range(2):
             tensors[f"transformer.layers.{layer}.mlp.proj.weights_scaling_factor"][:] = 0
 
-    report = compare(source, build(quantized, tmp_path, spoil), TEXTS, OPTIONS, QUIET)
+    report = compare(source, build(quantized, tmp_path, spoil), TEXTS, OPTIONS, QUIET, tmp_path)
     # A random model predicts nothing, so damage need not raise its perplexity: KL has to show it.
     assert verdicts(report)["finite"]
     assert not verdicts(report)["max_mean_kl"]
@@ -154,7 +173,7 @@ def test_nan_in_the_engine_fails_every_gate_and_names_the_windows(
         # the embedding of </s>, which separates documents
         tensors["transformer.vocab_embedding.weight"][2] = np.nan
 
-    report = compare(source, build(source, tmp_path, spoil), TEXTS, OPTIONS, QUIET)
+    report = compare(source, build(source, tmp_path, spoil), TEXTS, OPTIONS, QUIET, tmp_path)
     assert not any(verdicts(report).values())
     assert set(verdicts(report)) == {
         "finite",
@@ -183,40 +202,72 @@ def test_nan_in_the_engine_fails_every_gate_and_names_the_windows(
     assert "Failed." in page
 
 
-def test_padded_vocabulary_is_not_compared(tmp_path: Path) -> None:
-    source = write_tiny_tokenizer(write_tiny_llama(tmp_path / "source", vocab_size=500))
-    original = OriginalLogits(source)
-    tokens = TokenWindows(np.arange(40, dtype=np.int64)[None], 1, 40)
+class Given:
+    """A side whose logits are what they are."""
 
-    class Padded:
-        """The original's logits with entries behind them that would win every argmax."""
+    def __init__(self, logits_WTV: np.ndarray) -> None:
+        self.logits_WTV = logits_WTV
+        self.vocab_size = logits_WTV.shape[2]
 
-        vocab_size = 512
-
-        def logits(self, tokens_T: np.ndarray, chunk_len: int) -> Iterator[np.ndarray]:
-            for logits_CV in original.logits(tokens_T, chunk_len):
-                yield np.pad(logits_CV, ((0, 0), (0, 12)), constant_values=1e3)
-
-    measured = measure(original, Padded(), tokens, 16, QUIET)
-    assert measured.windows[0].kl_N.max() == 0
-    assert measured.windows[0].same_top1_N.all()
-    with pytest.raises(CheckpointError, match=r"its vocabulary of 500 is smaller .* at least 512"):
-        measure(Padded(), original, tokens, 16, QUIET)
+    def logits(self, tokens_WT: np.ndarray, chunk_len: int) -> Iterator[np.ndarray]:
+        for window in range(len(tokens_WT)):
+            for start in range(0, tokens_WT.shape[1], chunk_len):
+                yield self.logits_WTV[window, start : start + chunk_len]
 
 
-def test_chunks_do_not_change_the_numbers(source: Path, fp16_engine: Path) -> None:
-    from pipeline.engine.onnxruntime import OnnxNetwork
-    from pipeline.verification.logits import EngineLogits
+def test_padded_vocabulary_is_not_compared() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, (2, 40, 500)).astype(np.float32)
+    # Entries behind the tokens that would win every argmax.
+    original = Given(logits)
+    padded = Given(np.pad(logits, ((0, 0), (0, 0), (0, 12)), constant_values=1e3))
+    tokens = generator.integers(0, 500, (2, 40))
+    measured = measure(original, padded, tokens, 16, QUIET)
+    for window in measured.windows:
+        assert window.kl_N.max() == 0
+        assert window.same_top1_N.all()
+        assert len(window.kl_N) == 39
 
-    tokens_T = np.random.default_rng(0).integers(3, 500, 30)
-    network = OnnxNetwork(fp16_engine, num_threads=1)
-    for side in (OriginalLogits(source), EngineLogits(network)):
-        whole = np.concatenate(list(side.logits(tokens_T, 30)))
-        chunks = list(side.logits(tokens_T, 7))
-        assert [len(chunk) for chunk in chunks] == [7, 7, 7, 7, 2]
-        assert whole.dtype == np.float32
-        # 2e-6 observed, on logits up to 2.7
-        np.testing.assert_allclose(np.concatenate(chunks), whole, atol=2e-5)
+
+def test_a_measurement_survives_a_file(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, (3, 10, 50)).astype(np.float32)
+    other = logits + generator.normal(0, 0.2, logits.shape).astype(np.float32)
+    other[1, 4, 7] = np.nan
+    tokens = generator.integers(0, 50, (3, 10))
+    measured = measure(Given(logits), Given(other), tokens, 4, QUIET)
+    measured.save(tmp_path / "measurement.npz")
+    again = Measurement.load(tmp_path / "measurement.npz")
+    assert again.not_finite == (NotFinite(side="engine", window=1, position=4),)
+    for ours, theirs in zip(measured.windows, again.windows, strict=True):
+        for name in ("original_loss_N", "engine_loss_N", "kl_N", "same_top1_N"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+            assert getattr(ours, name).dtype == getattr(theirs, name).dtype
+
+
+def test_chunks_do_not_change_the_original(source: Path, tmp_path: Path) -> None:
+    import torch
+
+    from pipeline.quant.layers.batches import equal_length_batches
+    from pipeline.quant.layers.forward import run_layers
+    from pipeline.quant.source import load_model, open_original
+    from pipeline.verification.logits import OriginalLogits
+
+    tokens_WT = np.random.default_rng(0).integers(3, 500, (2, 30))
+    batches = equal_length_batches(TokenWindows(tokens_WT, 2, 60), 1)
+    outputs = run_layers(
+        open_original(source), batches, tmp_path / "original", torch.float32, QUIET
+    )
+    original = OriginalLogits(outputs, 512)
+    model = load_model(source, torch.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens_WT), use_cache=False).logits.numpy()
+    whole = np.stack(list(original.logits(tokens_WT, 30)))
+    np.testing.assert_allclose(whole, expected, atol=2e-5)  # 0 to 3e-6 observed
+    chunks = list(original.logits(tokens_WT, 7))
+    assert [len(chunk) for chunk in chunks] == [7, 7, 7, 7, 2] * 2
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(np.concatenate(chunks), np.concatenate(whole), atol=2e-5)
 
 
 def test_statistics_against_torch() -> None:
@@ -331,7 +382,7 @@ def test_a_tensorrt_engine_is_what_counts_for_size(
     engine = Path(shutil.copytree(fp16_engine, tmp_path / "engine"))
     (engine / "rank0.engine").write_bytes(bytes(1234))
     options = VerifyOptions(num_windows=1, seq_len=8)
-    assert compare(source, engine, TEXTS, options, QUIET).engine.deployed_bytes == 1234
+    assert compare(source, engine, TEXTS, options, QUIET, tmp_path).engine.deployed_bytes == 1234
 
 
 def test_int4_is_smaller(int4_report: Report, fp16_report: Report) -> None:
@@ -356,7 +407,7 @@ def test_the_page_needs_nothing_else_and_fits_dark_screens(
 def test_the_same_comparison_gives_the_same_files(
     source: Path, fp16_engine: Path, fp16_report: Report, tmp_path: Path
 ) -> None:
-    again = compare(source, fp16_engine, TEXTS, OPTIONS, QUIET)
+    again = compare(source, fp16_engine, TEXTS, OPTIONS, QUIET, tmp_path)
     files = []
     for name, report in (("one", fp16_report), ("two", again)):
         (tmp_path / name).mkdir()
@@ -375,27 +426,51 @@ def test_the_headline_is_plain_data(int4_report: Report) -> None:
     assert headline["mean_kl"] == int4_report.mean_kl
 
 
-def test_windows_longer_than_the_engine_are_refused(source: Path, fp16_engine: Path) -> None:
+def test_windows_longer_than_the_engine_are_refused(
+    source: Path, fp16_engine: Path, tmp_path: Path
+) -> None:
     options = VerifyOptions(num_windows=1, seq_len=65)
     with pytest.raises(PlanError, match=r"verify\.seq_len: 65 is longer .* allowed: at most 64"):
-        compare(source, fp16_engine, TEXTS, options, QUIET)
+        compare(source, fp16_engine, TEXTS, options, QUIET, tmp_path)
 
 
-def test_too_little_held_out_text_is_refused(source: Path, fp16_engine: Path) -> None:
+def test_too_little_held_out_text_is_refused(
+    source: Path, fp16_engine: Path, tmp_path: Path
+) -> None:
     options = VerifyOptions(num_windows=10_000, seq_len=64)
     with pytest.raises(PlanError, match=r"held-out text: .* 10000 were asked for"):
-        compare(source, fp16_engine, TEXTS, options, QUIET)
+        compare(source, fp16_engine, TEXTS, options, QUIET, tmp_path)
 
 
-def test_an_engine_of_several_ranks_is_refused(
+def test_a_config_of_another_number_of_ranks_is_refused(
     source: Path, fp16_engine: Path, tmp_path: Path
 ) -> None:
     engine = Path(shutil.copytree(fp16_engine, tmp_path / "engine"))
     config = json.loads((engine / "config.json").read_text())
     config["pretrained_config"]["mapping"] = {"world_size": 2, "tp_size": 2, "pp_size": 1}
     (engine / "config.json").write_text(json.dumps(config))
-    with pytest.raises(StageError, match="the engine has 2 ranks"):
-        compare(source, engine, TEXTS, OPTIONS, QUIET)
+    with pytest.raises(CheckpointError, match=r"config.json is of 2 ranks, rank0.onnx of 1"):
+        compare(source, engine, TEXTS, OPTIONS, QUIET, tmp_path)
+
+
+def test_every_missing_file_of_an_engine_is_named(
+    source: Path, fp16_engine: Path, tmp_path: Path
+) -> None:
+    engine = Path(shutil.copytree(fp16_engine, tmp_path / "engine"))
+    (engine / "rank0.weights").unlink()
+    with pytest.raises(GateError, match=r"rank0\.weights: is missing; fix: build the engine"):
+        compare(source, engine, TEXTS, OPTIONS, QUIET, tmp_path)
+
+
+def test_an_original_that_is_not_finite_is_named(
+    source: Path, fp16_engine: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(source, tmp_path / "source"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.embed_tokens.weight"][2] = np.inf  # </s>, which separates documents
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageError, match=r"embedding, held-out window \d: .* is not finite"):
+        compare(broken, fp16_engine, TEXTS, OPTIONS, QUIET, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -412,4 +487,4 @@ def test_a_directory_that_is_no_engine_is_refused(
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=text):
-        compare(source, tmp_path, TEXTS, OPTIONS, QUIET)
+        compare(source, tmp_path, TEXTS, OPTIONS, QUIET, tmp_path)
