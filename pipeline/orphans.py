@@ -15,11 +15,16 @@ def die_with_parent(parent_pid: int) -> None:
     Args:
         parent_pid: the parent's process id, taken by the parent: it may have died before this call.
     """
+    end_with_parent()
+    if sys.platform.startswith("linux") and os.getppid() != parent_pid:
+        sys.exit(1)
+
+
+def end_with_parent() -> None:
+    """`die_with_parent` for a program that is not ours: called between fork and exec."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != parent_pid:
-        sys.exit(1)

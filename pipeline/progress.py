@@ -17,6 +17,9 @@ class Progress(Protocol):
     def say(self, text: str) -> None:
         """One line for the log."""
 
+    def status(self, text: str) -> None:
+        """What is being done now, shown beside the bar until something else is."""
+
 
 class SilentProgress:
     """Progress for callers that do not watch, such as tests."""
@@ -28,4 +31,7 @@ class SilentProgress:
         """Ignore."""
 
     def say(self, text: str) -> None:
+        """Ignore."""
+
+    def status(self, text: str) -> None:
         """Ignore."""

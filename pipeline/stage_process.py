@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +28,8 @@ _THREAD_VARIABLES = (
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
 )
+_END_S = 5.0
+_POLL_S = 0.02
 
 
 def run_stage(
@@ -98,9 +101,26 @@ def _ended_as_a_group(child: subprocess.Popen[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        try:
+            _ask_to_end(child)
+        finally:  # also when Ctrl-C comes again
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _ask_to_end(child: subprocess.Popen[str]) -> None:
+    """SIGTERM to the group, and a few seconds; nothing where all have ended, as they usually have.
+
+    mpirun passes it on to other hosts, a container's client into the container. SIGKILL would not.
+    """
+    deadline = time.monotonic() + _END_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            child.poll()  # until it is waited for, it is one of the group
+            os.killpg(child.pid, 0)
+            time.sleep(_POLL_S)
 
 
 def _follow(pipe: TextIO, progress: Progress) -> dict[str, Any] | None:
@@ -109,6 +129,7 @@ def _follow(pipe: TextIO, progress: Progress) -> dict[str, Any] | None:
         "start": lambda message: progress.start(message["total"], message["unit"]),
         "advance": lambda message: progress.advance(message["note"]),
         "say": lambda message: progress.say(message["text"]),
+        "status": lambda message: progress.status(message["text"]),
     }
     result = None
     for line in pipe:

@@ -16,9 +16,7 @@ import json
 import os
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +38,15 @@ from pipeline.checkpoint.importers.gptq import METHOD as GPTQ
 from pipeline.checkpoint.options import ConvertOptions
 from pipeline.checkpoint.source import HfCheckpoint
 from pipeline.errors import PipelineError, error_to_json
-from pipeline.launch import RankJob, processes_that_fit, run_at_once, run_ranks
+from pipeline.launch import (
+    ProgressFiles,
+    RankJob,
+    RankProgress,
+    processes_that_fit,
+    run_at_once,
+    run_ranks,
+)
+from pipeline.launch.progress import Event
 from pipeline.orphans import die_with_parent
 from pipeline.parallel import Mapping, mappings
 from pipeline.progress import Progress
@@ -52,8 +58,6 @@ AutoAWQ and GPTQ come on top: they are held whole."""
 BYTES_PER_PROCESS = 1 << 30
 """Starting a process takes about as long as converting this much of the source."""
 
-_WATCH_S = 0.5
-
 
 @dataclass(frozen=True)
 class _Share:
@@ -62,7 +66,7 @@ class _Share:
 
     Attributes:
         options: fields of ConvertOptions.
-        progress_path: gets one byte for each tensor that is done; every process has its own.
+        progress_path: gets a line for each tensor that is done; every process has its own.
         parent_pid: who waits for it, when that is not MPI; 0: whoever started the process.
     """
 
@@ -93,12 +97,14 @@ def convert_in_processes(
     moe_ep: int = 1,
     launch: LaunchMode,
     progress: Progress,
+    hostfile: Path | None = None,
     options: ConvertOptions = DEFAULT,
 ) -> None:
     """As `convert_checkpoint`, with the same bytes; ranks at the same time where it is faster.
 
     Args:
         launch: "mpirun" starts the processes under MPI; "sequential" without it.
+        hostfile: hosts for mpirun; None: this one, or those of the Slurm allocation.
 
     Raises:
         CheckpointError, PlanError, StageError: as `convert_checkpoint`; also when a process dies.
@@ -131,7 +137,7 @@ def convert_in_processes(
             for index, ranks in enumerate(blocks)
         ]
         progress.start(sum(num_targets(checkpoint, share.mappings) for share in shares), "tensors")
-        _run(shares, launch, Path(scratch), progress)
+        _run(shares, launch, hostfile, Path(scratch), progress)
         judge(_findings(shares), progress, options)
     write_config(checkpoint, out_dir, tp=tp, pp=pp, moe_ep=moe_ep)
 
@@ -166,7 +172,13 @@ def _num_processes(checkpoint: HfCheckpoint, world_size: int) -> int:
     return processes_that_fit(MEMORY_PER_PROCESS + held, at_most=worthwhile)
 
 
-def _run(shares: Sequence[_Share], launch: LaunchMode, scratch: Path, progress: Progress) -> None:
+def _run(
+    shares: Sequence[_Share],
+    launch: LaunchMode,
+    hostfile: Path | None,
+    scratch: Path,
+    progress: Progress,
+) -> None:
     """Every share in a process of its own, named by its ranks."""
     jobs = [
         RankJob(
@@ -176,14 +188,23 @@ def _run(shares: Sequence[_Share], launch: LaunchMode, scratch: Path, progress: 
             log_path=f"{scratch}/{index}.log",
             error_path=share.error_path,
             name=_name(share.ranks),
+            own_process=True,
+            inputs=(share.source_dir, share.out_dir),
         )
         for index, share in enumerate(shares)
     ]
-    with _watching([Path(share.progress_path) for share in shares], progress):
-        if launch == "mpirun":
-            run_ranks(jobs, launch, scratch / "jobs.json")
-        else:
-            run_at_once(jobs)
+
+    def on_event(index: int, event: Event) -> None:
+        if event["event"] == "advance":  # the total is known already
+            progress.advance()
+
+    files = ProgressFiles([Path(share.progress_path) for share in shares], on_event)
+    if launch == "mpirun":
+        jobs_path = scratch / "jobs.json"
+        run_ranks(jobs, launch, jobs_path, hostfile=hostfile, on_tick=files.poll)
+    else:
+        run_at_once(jobs, files.poll)
+    files.finish()
 
 
 def _name(ranks: tuple[int, ...]) -> str:
@@ -196,52 +217,11 @@ def _findings(shares: Sequence[_Share]) -> Findings:
     return merged(findings_from_json(json.loads(text)) for text in texts)
 
 
-@contextmanager
-def _watching(paths: Sequence[Path], progress: Progress) -> Iterator[None]:
-    """Passes the progress of other processes on: one step for each byte of their files."""
-    ended = threading.Event()
-
-    def report() -> None:
-        done = 0
-        while True:
-            last = ended.wait(_WATCH_S)
-            total = sum(path.stat().st_size for path in paths if path.exists())
-            for _ in range(total - done):
-                progress.advance()
-            done = total
-            if last:
-                return
-
-    watcher = threading.Thread(target=report, name="convert progress")
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-
-
-class _FileProgress:
-    """One byte for each step; what is said goes into the log."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-
-    def start(self, total: int, unit: str) -> None:
-        """The parent knows the total."""
-
-    def advance(self, note: str = "") -> None:
-        self._file.write(b".")
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-
 def main(argument: str) -> int:
     """Convert one share; the exit code is that of the first thing that went wrong, or 0."""
     share = _Share(**json.loads(argument))
     die_with_parent(share.parent_pid or os.getppid())
-    progress = _FileProgress(Path(share.progress_path))
+    progress = RankProgress(Path(share.progress_path))
     options = ConvertOptions(**share.options)
     try:
         checkpoint = open_source(Path(share.source_dir), tp=share.tp, options=options)

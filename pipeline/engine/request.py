@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pipeline.engine.tensorrt_request import PlanOptions
 from pipeline.network.limits import BuildLimits
 
 
@@ -14,10 +15,15 @@ class WorkerRequest:
     """One rank to build.
 
     Attributes:
-        backend: a name of `pipeline.engine.BACKENDS`.
+        backend: a name of `pipeline.engine.RANK_BACKENDS`.
         checkpoint_dir: TensorRT-LLM checkpoint.
         engine_dir: existing directory without files of this rank.
         target: a name of pipeline.targets.
+        plan_options: of backend tensorrt.
+        cache_dir: where backend tensorrt keeps timing caches; None: nowhere.
+        also_for: further ones that the same engine must run on.
+        finished_dir: what engine_dir is renamed to once the rank is complete; None: it stays.
+        progress_path: file that gets the progress, for RanksView; None: the log alone.
     """
 
     backend: str
@@ -26,6 +32,11 @@ class WorkerRequest:
     rank: int
     target: str
     limits: BuildLimits
+    plan_options: PlanOptions = field(default_factory=PlanOptions)
+    cache_dir: Path | None = None
+    also_for: tuple[str, ...] = ()
+    finished_dir: Path | None = None
+    progress_path: Path | None = None
 
     @property
     def log_path(self) -> Path:
@@ -34,12 +45,7 @@ class WorkerRequest:
 
     def to_json(self) -> str:
         """The one argument of `python -m pipeline.engine.worker`."""
-        fields = asdict(self)
-        fields |= {
-            "checkpoint_dir": str(self.checkpoint_dir),
-            "engine_dir": str(self.engine_dir),
-        }
-        return json.dumps(fields)
+        return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> WorkerRequest:
@@ -52,4 +58,13 @@ class WorkerRequest:
             rank=fields["rank"],
             target=fields["target"],
             limits=BuildLimits(**fields["limits"]),
+            plan_options=PlanOptions(**fields["plan_options"]),
+            cache_dir=_path(fields["cache_dir"]),
+            also_for=tuple(fields["also_for"]),
+            finished_dir=_path(fields["finished_dir"]),
+            progress_path=_path(fields["progress_path"]),
         )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

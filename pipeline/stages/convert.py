@@ -9,6 +9,8 @@ from pipeline.checkpoint.options import ConvertOptions
 from pipeline.checkpoint.padding import UNPADDED_FIELD
 from pipeline.checkpoint.trtllm_config import CONFIG_FILE
 from pipeline.config import LoadedConfig
+from pipeline.errors import Problem
+from pipeline.stages.launching import hostfile, launch_needs, launch_problems
 from pipeline.stages.stage import StageContext, StageDefaults
 
 
@@ -28,6 +30,18 @@ class Convert(StageDefaults):
             **config.convert.model_dump(mode="json"),
         }
 
+    def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """What starts several ranks."""
+        return launch_needs(loaded)
+
+    def config_problems(self, loaded: LoadedConfig) -> tuple[Problem, ...]:
+        """A file of hosts that mpirun could not read."""
+        return launch_problems(loaded)[0]
+
+    def tool_problems(self, loaded: LoadedConfig) -> tuple[Problem, ...]:
+        """No mpirun."""
+        return launch_problems(loaded)[1]
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Stream every tensor once; pipeline stages at the same time where the machine allows."""
         from pipeline.checkpoint.convert_processes import convert_in_processes
@@ -40,6 +54,7 @@ class Convert(StageDefaults):
             pp=mapping.pp,
             moe_ep=mapping.moe_ep,
             launch=context.loaded.config.build.launch,
+            hostfile=hostfile(context.loaded),
             progress=context.progress,
             options=convert_options(context.loaded),
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import LoadedConfig
+from pipeline.errors import Problem
 from pipeline.progress import Progress
 
 
@@ -63,6 +64,12 @@ class Stage(Protocol):
     def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
         """Further distributions that must be installed; their version does not decide the output."""
 
+    def config_problems(self, loaded: LoadedConfig) -> tuple[Problem, ...]:
+        """What the YAML asks of this stage's tools that cannot be."""
+
+    def tool_problems(self, loaded: LoadedConfig) -> tuple[Problem, ...]:
+        """Programs that are missing, which are no distributions."""
+
     def target_sm(self, loaded: LoadedConfig) -> int | None:
         """Compute capability times ten when the output depends on the GPU."""
 
@@ -91,6 +98,14 @@ class StageDefaults:
         return ()
 
     def needs(self, loaded: LoadedConfig) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def config_problems(self, loaded: LoadedConfig) -> tuple[Problem, ...]:
+        """None."""
+        return ()
+
+    def tool_problems(self, loaded: LoadedConfig) -> tuple[Problem, ...]:
         """None."""
         return ()
 

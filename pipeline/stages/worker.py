@@ -57,6 +57,9 @@ class _PipeProgress:
         print(text, flush=True)
         self.send(event="say", text=text)
 
+    def status(self, text: str) -> None:
+        self.send(event="status", text=text)
+
 
 def main() -> int:
     """Run one stage; the exit code only says whether a result was sent."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import GateError, StageError, ToolError
-from pipeline.launch import RankJob, find_mpirun, mpirun_flags, run_at_once, run_ranks
+from pipeline.launch import RankJob, find_mpirun, run_at_once, run_ranks
+from tests.processes import ends_soon
 
 
 @pytest.fixture
@@ -73,6 +76,30 @@ def test_a_kill_is_called_a_kill(workers: Path) -> None:
         run_ranks(_jobs(workers, "killed"), "sequential", workers / "jobs.json")
 
 
+@pytest.mark.parametrize(
+    "how", ["run_ranks(jobs, 'sequential', root / 'jobs.json')", "run_at_once(jobs)"]
+)
+def test_ranks_end_with_the_one_that_waits_for_them(workers: Path, how: str) -> None:
+    """Also one that knows nothing of us, or is still starting: its own module does not ask for it."""
+    (workers / "sleeps.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    starter = (
+        "import pathlib\nfrom pipeline.launch import RankJob, run_at_once, run_ranks\n"
+        f"root = pathlib.Path({str(workers)!r})\n"
+        "jobs = [RankJob(0, 'sleeps', str(root / 'pid'), str(root / 'log'), str(root / 'error'))]\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", starter + how])
+    pid_path = workers / "pid"
+    while not (pid_path.exists() and pid_path.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert ends_soon(int(pid_path.read_text()))
+
+
 def test_at_once_runs_all(workers: Path) -> None:
     """Each waits for the other: in turn they would never end."""
     (workers / "meets.py").write_text(
@@ -120,14 +147,3 @@ def test_no_mpirun_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ToolError, match=r"mpirun is not installed; fix: pip install 'trtpipe\[mpi\]'"
     ):
         find_mpirun()
-
-
-def test_flags_are_for_open_mpi_only(tmp_path: Path) -> None:
-    mpich = tmp_path / "mpirun"
-    mpich.write_text("#!/bin/sh\necho 'HYDRA build details: Version: 4.2'\n")
-    mpich.chmod(0o755)
-    assert mpirun_flags(mpich) == []
-    openmpi = tmp_path / "openmpi"
-    openmpi.write_text("#!/bin/sh\necho 'mpirun (Open MPI) 5.0.11'\n")
-    openmpi.chmod(0o755)
-    assert "--oversubscribe" in mpirun_flags(openmpi)
