@@ -50,3 +50,23 @@ def _cgroups_free(root: Path, own: str) -> Iterator[int]:
             yield max(int(text) - used + (int(cached[1]) if cached else 0), 0)
         if directory == root:
             return
+
+
+def total_memory_bytes() -> int:
+    """What this machine, or the container around us, has at all."""
+    found = re.search(
+        r"^MemTotal:\s+(\d+) kB$", Path("/proc/meminfo").read_text("ascii"), re.MULTILINE
+    )
+    assert found, "/proc/meminfo has MemTotal"
+    limits = _cgroup_limits(_CGROUP_ROOT, _own_cgroup())
+    return min([int(found[1]) * 1024, *limits])
+
+
+def _cgroup_limits(root: Path, own: str) -> Iterator[int]:
+    group = root / own
+    for directory in (group, *group.parents):
+        limit = directory / "memory.max"
+        if limit.is_file() and (text := limit.read_text("ascii").strip()) != "max":
+            yield int(text)
+        if directory == root:
+            return

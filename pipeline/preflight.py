@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.checkpoint import mapping_problems, read_config
-from pipeline.checkpoint.layout import planned_sizes
+from pipeline.checkpoint import read_config
 from pipeline.checkpoint.padding import padded_shape
 from pipeline.checkpoint.source import Declared, open_files
 from pipeline.checkpoint.trtllm_config import trtllm_config
 from pipeline.config import HubSource, LoadedConfig
 from pipeline.engine import BACKENDS
+from pipeline.engine.tensorrt_rtx import ALSO_FOR, target_problems
 from pipeline.errors import CheckpointError, PipelineError, PlanError, Problem
+from pipeline.forecast.changes import Change, change_text, nearest_changes
+from pipeline.forecast.from_config import Forecast, forecast, subject_of
+from pipeline.forecast.sizes_text import exact_text
+from pipeline.forecast.subject import cut_problems
 from pipeline.models import ARCHITECTURES, ModelShape, shape_from_hf
 from pipeline.models.upstream import upstream_notes
-from pipeline.parallel import Mapping, mappings
-from pipeline.quant.choose import MAX_BUDGET, budget_bits, model_format, split_groups
-from pipeline.quant.formats import FORMATS, MIXED, KvCache, QuantFormat
+from pipeline.quant.backends import TENSORRT_LLM, TENSORRT_RTX
+from pipeline.quant.choose import model_format, split_groups
+from pipeline.quant.formats import FORMATS, MIXED, QuantFormat
 from pipeline.quant.preflight import dtype_problems
 from pipeline.quant.source import missing_tokenizer, open_original, open_plain_checkpoint
 from pipeline.stages.build import build_limits
+from pipeline.stages.build_tools import trtllm_notes, trtllm_problems, trtllm_subject
 from pipeline.stages.fetch import local_directory, no_checkpoint
 from pipeline.stages.quantize_problems import (
     calibration_problems,
     keep_problems,
     kv_cache_problems,
+    lm_head_problems,
     mix_problems,
     quantize_problems,
     tensorrt_llm_notes,
@@ -38,40 +43,8 @@ from pipeline.stages.texts import comparison_notes, text_problems
 from pipeline.targets import TARGETS
 from pipeline.weights import model_shape_fields
 
-_KV_BYTES = {"fp16": 2, "fp8": 1, "int8": 1}
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Sizes of a build, in bytes.
-
-    Attributes:
-        source_bytes: tensors of the original checkpoint; None before it is fetched.
-        rank_bytes: TensorRT-LLM checkpoint file of each rank.
-        kv_bytes_per_token: KV cache of one token on the fullest rank.
-        kv_bytes: KV cache of one rank for the configured batch and length.
-        target_bytes: memory of the target GPU.
-        exact: whether rank_bytes are; otherwise formats are still to be chosen, and they follow from
-            the budget.
-        kv_cache: what the cache holds.
-    """
-
-    shape: ModelShape
-    source_bytes: int | None
-    rank_bytes: tuple[int, ...]
-    kv_bytes_per_token: int
-    kv_bytes: int
-    target_bytes: int
-    exact: bool = True
-    kv_cache: KvCache = "fp16"
-
-    @property
-    def free_bytes(self) -> int:
-        """Target memory that weights and KV cache leave on the fullest rank; negative: does not fit.
-
-        The checkpoint's fp32 scales become fp16 in the engine, so this is a little pessimistic.
-        """
-        return self.target_bytes - max(self.rank_bytes) - self.kv_bytes
+_SHOWN = 3
+"""Nearest changes that an error names."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +57,14 @@ class Preflight:
         forecast: None when the model's shape is not known, cannot be cut as asked, or does not exist
             in the format.
         notes: what is legal, and may surprise.
+        changes: the nearest builds that are possible, where this one is not.
     """
 
     config_problems: tuple[Problem, ...]
     checkpoint_problems: tuple[Problem, ...]
     forecast: Forecast | None
     notes: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 def check(loaded: LoadedConfig, source_dir: Path | None, source: SourceFormat) -> Preflight:
@@ -99,10 +74,10 @@ def check(loaded: LoadedConfig, source_dir: Path | None, source: SourceFormat) -
         source_dir: the original checkpoint where it can be read already; None before a download.
         source: what is known of its format.
     """
-    problems = []
+    problems: list[Problem] = []
     declared = source.declared
     if not loaded.converts_only:
-        problems += [*_rank_problems(loaded), *_target_problems(loaded, declared)]
+        problems += _target_problems(loaded, declared)
     local = local_directory(loaded)
     if local is not None and not (local / "config.json").is_file():
         return Preflight(tuple(problems), (no_checkpoint(local),), None)
@@ -117,26 +92,30 @@ def check(loaded: LoadedConfig, source_dir: Path | None, source: SourceFormat) -
     except PlanError as error:
         return Preflight((*problems, *error.problems), (), None)
     fmt, to_choose = _format(loaded, shape, declared), _is_to_choose(loaded, declared)
-    # Any linear may become int4 while formats are not chosen yet.
-    cut = _int4(loaded) if to_choose else fmt
     # A format that the architecture does not have has no layout, so nothing to cut or weigh.
     exists = fmt.name in ARCHITECTURES[shape.architecture].formats
+    subject = subject_of(loaded, shape, fmt, not to_choose)
     if exists and loaded.config.mapping.pad_ffn:
-        shape = padded_shape(shape, cut, loaded.config.mapping.tp)
-    cuts = list(_cut_problems(loaded, shape, cut)) if exists else []
+        shape = padded_shape(shape, subject.cut_format, subject.tp)
+        subject = replace(subject, shape=shape)
+    cuts = [_at_its_key(loaded, problem) for problem in cut_problems(subject)] if exists else []
     problems += [*_shape_problems(loaded, shape, fmt, source, exists), *cuts]
     weights: tuple[Problem, ...] = ()
     if source_dir is not None:
         quantize = exists and declared is None and fmt.name != "fp16"
         weights = tuple(_weight_problems(source_dir, declared, quantize))
-    forecast = None
-    if exists and not cuts:
-        forecast = _forecast(loaded, shape, fmt, source_dir, to_choose)
-    if forecast is not None:
-        problems += _memory_problems(loaded, forecast)
+    found: Forecast | None = None
+    changes: tuple[Change, ...] = ()
+    is_quantized = declared is not None
+    if exists and cuts:
+        changes = nearest_changes(subject, formats=not is_quantized)
+    elif exists:
+        found = forecast(subject, _source_bytes(source_dir), quantized=is_quantized)
+        changes = found.changes
+        problems += _memory_problems(loaded, found)
     problems += text_problems(loaded, source_dir)
     notes = (*_notes(loaded, shape, fmt), *comparison_notes(loaded))
-    return Preflight(tuple(problems), weights, forecast, notes)
+    return Preflight(tuple(problems), weights, found, notes, changes)
 
 
 def _shape_problems(
@@ -153,24 +132,28 @@ def _shape_problems(
         yield from calibration_problems(loaded, shape)
         yield from keep_problems(loaded, shape)
         yield from mix_problems(loaded, shape)
+        yield from lm_head_problems(loaded, shape)
     yield from kv_cache_problems(loaded, fmt)
     if not loaded.converts_only:
         yield from _length_problems(loaded, shape)
         yield from _head_problems(loaded, shape)
-
-
-def _cut_problems(loaded: LoadedConfig, shape: ModelShape, fmt: QuantFormat) -> Iterator[Problem]:
-    mapping = loaded.config.mapping
-    for problem in mapping_problems(shape, fmt, mapping.tp, mapping.pp, mapping.moe_ep):
-        yield _at_its_key(loaded, problem)
+    if loaded.config.build.backend == TENSORRT_LLM:
+        yield from trtllm_problems(loaded, trtllm_subject(loaded, shape, fmt), shape.num_layers)
 
 
 def _notes(loaded: LoadedConfig, shape: ModelShape, fmt: QuantFormat) -> Iterator[str]:
     yield from tensorrt_llm_notes(loaded, fmt)
-    if loaded.converts_only:
+    if loaded.config.build.backend == TENSORRT_LLM:
+        yield from trtllm_notes(loaded, trtllm_subject(loaded, shape, fmt))
+    if not loaded.has_network:
         mapping = loaded.config.mapping
         config = trtllm_config(shape, FORMATS["fp16"], tp=mapping.tp, pp=mapping.pp)
         yield from upstream_notes(config)
+    elif loaded.config.mapping.world_size > 1:
+        yield (
+            f"{loaded.config.mapping.world_size} ranks: no Triton model repository is made; it would "
+            "serve from the CPU, which runs one rank"
+        )
     scaling, max_seq_len = shape.rotary_scaling, loaded.config.build.max_seq_len
     if scaling is None or scaling.kind != "longrope":
         return
@@ -185,52 +168,25 @@ def _notes(loaded: LoadedConfig, shape: ModelShape, fmt: QuantFormat) -> Iterato
         )
 
 
-def _memory_problems(loaded: LoadedConfig, forecast: Forecast) -> Iterator[Problem]:
+def _memory_problems(loaded: LoadedConfig, found: Forecast) -> Iterator[Problem]:
     """Only of an engine that is compiled for the target: the CPU network runs on any host."""
-    if loaded.config.build.backend != "tensorrt_rtx" or forecast.free_bytes >= 0:
+    rank, build = found.fullest, loaded.config.build
+    if build.backend in ("onnxruntime", "none") or rank.verdict != "does not fit":
         return
-    needed = forecast.target_bytes - forecast.free_bytes
-    room = forecast.target_bytes - max(forecast.rank_bytes)
-    tokens = room // forecast.kv_bytes_per_token
+    needed = rank.capacity - rank.certain_left
+    what = "weights" if rank.has_paged_cache else "weights and KV cache"
+    changes = [f"{change.what} ({change_text(change)})" for change in found.changes[:_SHOWN]]
     yield Problem(
         loaded.where("target"),
-        f"weights and KV cache need {needed / 1e9:.2f} GB, the target has "
-        f"{forecast.target_bytes / 1e9:.2f} GB",
-        fix=f"max_batch_size x max_seq_len of at most {tokens} tokens fit beside the weights"
-        if tokens > 0
-        else "the weights alone do not fit: another format, or a larger target",
+        f"rank {rank.rank}: {what} need {exact_text(needed)}, the target has "
+        f"{exact_text(rank.capacity)}",
+        fix=" or ".join(changes) or "no single change makes it fit: a smaller model",
     )
 
 
 def _shape_is_unknown(loaded: LoadedConfig) -> bool:
     model = loaded.config.model
     return isinstance(model, HubSource) and model.shape is None
-
-
-def _forecast(
-    loaded: LoadedConfig,
-    shape: ModelShape,
-    fmt: QuantFormat,
-    source_dir: Path | None,
-    to_choose: bool,
-) -> Forecast:
-    config = loaded.config
-    mapping = config.mapping
-    ranks = mappings(mapping.tp, mapping.pp, mapping.moe_ep)
-    # KV heads are repeated when there are fewer than ranks; the first stage has the most layers.
-    heads = max(1, shape.num_kv_heads // mapping.tp)
-    layers = math.ceil(shape.num_layers / mapping.pp)
-    per_token = 2 * layers * heads * shape.head_size * _KV_BYTES[fmt.kv_cache]
-    return Forecast(
-        shape=shape,
-        source_bytes=_source_bytes(source_dir),
-        rank_bytes=_rank_bytes(loaded, shape, fmt, ranks, to_choose),
-        exact=not to_choose,
-        kv_cache=fmt.kv_cache,
-        kv_bytes_per_token=per_token,
-        kv_bytes=per_token * config.build.max_batch_size * config.build.max_seq_len,
-        target_bytes=TARGETS[config.target].memory_bytes,
-    )
 
 
 def _format(loaded: LoadedConfig, shape: ModelShape, declared: Declared | None) -> QuantFormat:
@@ -247,35 +203,13 @@ def _format(loaded: LoadedConfig, shape: ModelShape, declared: Declared | None) 
         kv_cache=quantize.kv_cache,
         # What splits a group is a problem of its own, and has no layout.
         keep=() if split_groups(shape, quantize.keep) else quantize.keep,
+        lm_head=quantize.lm_head,
     )
 
 
 def _is_to_choose(loaded: LoadedConfig, declared: Declared | None) -> bool:
     """Whether the quantize stage chooses the format of each linear."""
     return loaded.config.quantize.format == MIXED and declared is None
-
-
-def _int4(loaded: LoadedConfig) -> QuantFormat:
-    return FORMATS["int4_awq"].with_group_size(loaded.config.quantize.group_size)
-
-
-def _rank_bytes(
-    loaded: LoadedConfig,
-    shape: ModelShape,
-    fmt: QuantFormat,
-    ranks: Sequence[Mapping],
-    to_choose: bool,
-) -> tuple[int, ...]:
-    """Exact, or what a budget leaves of the linears' float16 weights."""
-    sizes = tuple(planned_sizes(shape, fmt, ranks))
-    if not to_choose:
-        return sizes
-    bits = budget_bits(loaded.config.quantize.budget or "") or MAX_BUDGET
-    halved = planned_sizes(shape, FORMATS["fp8"], ranks)  # one byte less for each weight
-    return tuple(
-        size - round((size - half) * (MAX_BUDGET - bits) / 8)
-        for size, half in zip(sizes, halved, strict=True)
-    )
 
 
 def _source_bytes(source_dir: Path | None) -> int | None:
@@ -285,18 +219,6 @@ def _source_bytes(source_dir: Path | None) -> int | None:
         return sum(info.nbytes for info in open_files(source_dir).tensors.values())
     except PipelineError:  # listed by `_weight_problems`
         return None
-
-
-def _rank_problems(loaded: LoadedConfig) -> Iterator[Problem]:
-    for name in ("tp", "pp"):
-        size = getattr(loaded.config.mapping, name)
-        if size != 1:
-            yield Problem(
-                loaded.where("mapping", name),
-                f"{size} ranks: engines of more than one rank are not built yet",
-                allowed="1",
-                fix="build.backend: none converts the checkpoint for this mapping and stops there",
-            )
 
 
 def _target_problems(loaded: LoadedConfig, declared: Declared | None) -> Iterator[Problem]:
@@ -310,19 +232,32 @@ def _target_problems(loaded: LoadedConfig, declared: Declared | None) -> Iterato
     problem = backend.limits_problem(build_limits(loaded))
     if problem is not None:
         yield replace(problem, where=loaded.where("build"))
+    yield from _further_target_problems(loaded, formats)
+
+
+def _further_target_problems(loaded: LoadedConfig, formats: list[str]) -> Iterator[Problem]:
+    """Of build.also_for."""
+    names, where = loaded.config.build.also_for, loaded.where("build", "also_for")
+    if names and loaded.config.build.backend != TENSORRT_RTX:
+        what = f"an engine of backend {loaded.config.build.backend} is for one target"
+        yield Problem(where, what, f"backend {TENSORRT_RTX}", "remove it, or one YAML per target")
+        return
+    for problem in target_problems(loaded.config.target, names, formats):
+        if problem.where == ALSO_FOR:
+            yield replace(problem, where=where)
 
 
 def _length_problems(loaded: LoadedConfig, shape: ModelShape) -> Iterator[Problem]:
-    config = loaded.config
+    config = loaded.written  # a rehearsal finds what would stop the build it stands for
     limit = shape.max_position_embeddings
-    for keys, value in (
-        (("build", "max_seq_len"), config.build.max_seq_len),
-        (("verify", "seq_len"), config.verify.seq_len),
-    ):
+    lengths = [(("build", "max_seq_len"), config.build.max_seq_len)]
+    if loaded.has_network:
+        lengths.append((("verify", "seq_len"), config.verify.seq_len))
+    for keys, value in lengths:
         if value > limit:
             what = f"{value} is more than the model's max_position_embeddings"
             yield Problem(loaded.where(*keys), what, allowed=f"at most {limit}")
-    if config.verify.seq_len > config.build.max_seq_len:
+    if loaded.has_network and config.verify.seq_len > config.build.max_seq_len:
         what = f"{config.verify.seq_len} does not fit the engine"
         allowed = f"at most build.max_seq_len, {config.build.max_seq_len}"
         yield Problem(loaded.where("verify", "seq_len"), what, allowed)
