@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from pipeline.hardlink import link_or_copy
 from pipeline.store import (
     LOG,
     MANIFEST,
+    canonical_json,
     describe_files,
     file_sha256,
     list_files,
@@ -22,8 +24,14 @@ from pipeline.store import (
     write_json,
 )
 
-_REPAIR = "run the build again: what was changed is made anew"
+REPAIR = "run the build again: what was changed is made anew"
 _UNPUBLISHED = (MANIFEST, "*.log", "rank*.facts.json")
+
+
+def manifest_digest(document: Mapping[str, Any]) -> str:
+    """sha256 of a manifest without its `digest`: an edit shows, whatever it is."""
+    content = {name: value for name, value in document.items() if name != "digest"}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def damaged_files(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]:
@@ -33,20 +41,34 @@ def damaged_files(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]
     for name, entry in listed.items():
         path = directory / name
         if not path.is_file():
-            problems.append(Problem(str(path), "is missing", fix=_REPAIR))
+            problems.append(Problem(str(path), "is missing", fix=REPAIR))
         elif path.stat().st_size != entry["bytes"]:
             what = f"has {path.stat().st_size} bytes, {entry['bytes']} were published"
-            problems.append(Problem(str(path), what, fix=_REPAIR))
-        elif "sha256" in entry and file_sha256(path) != entry["sha256"]:
-            problems.append(
-                Problem(str(path), "was changed after publishing (sha256 differs)", fix=_REPAIR)
-            )
+            what += _other_name(path, name, listed, None)
+            problems.append(Problem(str(path), what, fix=REPAIR))
+        elif "sha256" in entry and (found := file_sha256(path)) != entry["sha256"]:
+            what = "was changed after publishing (sha256 differs)"
+            what += _other_name(path, name, listed, found)
+            problems.append(Problem(str(path), what, fix=REPAIR))
     for path in list_files(directory):
         name = path.relative_to(directory).as_posix()
         is_cache = "__pycache__" in path.parts  # Python writes it beside a repository's model.py
         if name not in listed and name not in (MANIFEST, LOG) and not is_cache:
             problems.append(Problem(str(path), "is not in the manifest", fix="move it away"))
     return problems
+
+
+def _other_name(path: Path, name: str, listed: Mapping[str, Any], sha256: str | None) -> str:
+    """Whose content a changed file has, if it is that of another published file."""
+    size = path.stat().st_size
+    like = [other for other, entry in listed.items() if other != name and entry["bytes"] == size]
+    if not like:
+        return ""
+    found = sha256 or file_sha256(path)
+    for other in like:
+        if listed[other].get("sha256") == found:
+            return f"; it holds what was published as {other}"
+    return ""
 
 
 def link_tree(source: Path, destination: Path) -> None:
@@ -71,7 +93,8 @@ def publish(fill: Callable[[Path], None], destination: Path, *, manifest: dict[s
     Args:
         fill: writes the content into the directory it is given.
         destination: the visible directory, made or replaced.
-        manifest: written as manifest.json, with the file list added; None of its keys is `files`.
+        manifest: written as manifest.json, with the file list and the digest of it all added; none of
+            its keys is `files` or `digest`.
 
     Raises:
         GateError: `destination` exists and was not published by us, so it is not ours to replace.
@@ -89,7 +112,8 @@ def publish(fill: Callable[[Path], None], destination: Path, *, manifest: dict[s
     staging.mkdir(parents=True)
     try:
         fill(staging)
-        write_json(staging / MANIFEST, {**manifest, "files": describe_files(staging)})
+        document = {**manifest, "files": describe_files(staging)}
+        write_json(staging / MANIFEST, {**document, "digest": manifest_digest(document)})
         sync_tree(staging)
         _swap(staging, destination)
     finally:

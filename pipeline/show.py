@@ -17,9 +17,9 @@ from pipeline.checkpoint.describe import (
 from pipeline.checkpoint.mapping_sizes import mapping_text
 from pipeline.checkpoint.source import CONFIG_FILE, read_config
 from pipeline.checkpoint.strict_json import parse_object
-from pipeline.console import bytes_text
 from pipeline.engine_contents import describe_engine
 from pipeline.errors import CheckpointError, Problem
+from pipeline.forecast.sizes_text import exact_text
 from pipeline.links import circle_problem
 
 _SHOWN_PROBLEMS = 8
@@ -93,11 +93,11 @@ def contents_text(contents: Contents) -> str:
     lines.append("")
     if contents.tensors:
         lines += [*_aligned(_rows(contents), right=(2, 3, 4)), ""]
-    lines += [f"rank {rank}: {bytes_text(size)}" for rank, size in contents.rank_bytes().items()]
-    lines += [f"{name}: {bytes_text(size)}" for name, size in contents.files.items()]
+    lines += [f"rank {rank}: {exact_text(size)}" for rank, size in contents.rank_bytes().items()]
+    lines += [f"{name}: {exact_text(size)}" for name, size in contents.files.items()]
     if contents.tensors or not contents.files:
         number, total = len(contents.tensors), contents.total_bytes
-        lines.append(f"total: {number} tensors, {bytes_text(total)} ({total} bytes)")
+        lines.append(f"total: {number} tensors, {exact_text(total)} ({total} bytes)")
     if contents.problems:
         lines.append("convert would refuse it:")
     lines += [f"  {problem}" for problem in contents.problems[:_SHOWN_PROBLEMS]]
@@ -110,7 +110,7 @@ def _rows(contents: Contents) -> list[list[str]]:
     rows = [["tensor", "dtype", "shape", "number", "bytes", "ranks" if contents.mapping else ""]]
     for group in group_tensors(contents.tensors):
         shape = " x ".join(map(str, group.shape)) or "scalar"
-        size = bytes_text(group.count * group.nbytes)
+        size = exact_text(group.count * group.nbytes)
         ranks = ranges(group.ranks)
         rows.append([group.pattern, group.dtype, shape, str(group.count), size, ranks])
     return rows

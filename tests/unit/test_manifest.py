@@ -28,12 +28,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     loaded = load_config(write_build(tmp_path, serve={"http_port": 9}))  # nobody listens there
     manifest = {
+        "schema": 3,
+        "identity": repository_identity(),
         "name": "tiny",
         "rehearsal": False,
         "config": loaded.config.model_dump(mode="json"),
         "keys": {"build": "0" * 64},
         "actions": {},
-        "facts": {"serve": {"model_name": "tiny"}, "verify": {"passed": True}},
+        "facts": {
+            "build": {"ranks": [{"rank": 0, "engine_bytes": 1234567}]},
+            "serve": {"model_name": "tiny"},
+            "verify": {"passed": True},
+        },
     }
     for parent, name in (("engines", "report.json"), ("triton_repo", "tiny/config.pbtxt")):
 
@@ -43,6 +49,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         publish(fill, tmp_path / parent / "tiny", manifest=manifest)
     return tmp_path
+
+
+def repository_identity() -> dict[str, Any]:
+    """Of an engine for the CPU, whose own files are not looked at here."""
+    return {
+        "kind": "engine",
+        "backend": "onnxruntime",
+        "compiler": "onnxruntime",
+        "version": "1.0.0",
+        "sms": [],
+        "driver": None,
+        "mapping": {"tp": 1, "pp": 1, "moe_ep": 1, "world_size": 1},
+        "limits": None,
+        "checkpoint_key": "0" * 64,
+        "format": "fp16",
+        "tools": {},
+        "ranks": [],
+    }
 
 
 def _arguments(verb: str, subject: str) -> list[str]:
@@ -69,21 +93,30 @@ def test_show(here: Path, capsys: pytest.CaptureFixture[str], subject: str) -> N
     assert shown.startswith("tiny in ")
     assert "fp16, onnxruntime for rtx4090, batch 2, 64 tokens" in shown
     assert "verify.passed: True" in shown
+    assert "build.ranks: engine_bytes 1.23 MB, rank 0\n" in shown
 
 
 def test_verify_an_engine(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "tiny.yaml"]) == 0
-    assert capsys.readouterr().out == "1 files as published (sha256)\npassed: True\n"
+    assert capsys.readouterr().out == (
+        "1 files as published (sha256)\n"
+        "ONNX Runtime 1.0.0; 1 rank (tp 1, pp 1); checkpoint 000000000000\n"
+        "passed: True\n"
+    )
 
 
 def test_verify_a_repository(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "triton_repo/tiny"]) == 0
     assert capsys.readouterr().out == (
         "1 files as published (sha256)\n"
+        "ONNX Runtime 1.0.0; 1 rank (tp 1, pp 1); checkpoint 000000000000\n"
         "no quality report here: it is published with the engine, engines/tiny\n"
     )
     assert main(["verify", "triton_repo/tiny", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"files": 1, "report": None}
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["here"]["can_run"]
+    assert (shown["files"], shown["report"]) == (1, None)
+    assert shown["identity"] == repository_identity()
     (here / "triton_repo" / "tiny" / "tiny" / "config.pbtxt").write_text("changed")
     assert main(["verify", "triton_repo/tiny"]) == 6
 
