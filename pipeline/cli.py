@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from pipeline.errors import (
     GateError,
     PipelineError,
     Problem,
+    StageError,
     error_to_json,
 )
 
@@ -86,8 +88,14 @@ def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="trtpipe", description=pipeline.__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_build_verb(
+    plan = _add_build_verb(
         verbs, "plan", _plan, "say what would happen, and every problem, without doing it"
+    )
+    plan.add_argument(
+        "--picture",
+        metavar="FILE",
+        type=_path,
+        help="also draw the memory of every rank, as .png or .svg",
     )
     _add_build_verb(
         verbs, "run", _run, "make what is missing and publish engine and model repository"
@@ -124,13 +132,14 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _add_build_verb(verbs: Any, name: str, handler: _Handler, text: str) -> None:
+def _add_build_verb(verbs: Any, name: str, handler: _Handler, text: str) -> argparse.ArgumentParser:
     verb = _add_verb(verbs, name, handler, text, "CONFIG")
     verb.add_argument(
         "--weights",
         metavar="DIR|synthetic",
         help="other weights for this build: a local directory, or seeded random ones",
     )
+    return verb
 
 
 def _add_client(verbs: Any) -> None:
@@ -167,10 +176,18 @@ def _workspace() -> Any:
 def _plan(options: argparse.Namespace) -> int:
     from pipeline.console import print_error, stdout_console
     from pipeline.plan import make_plan
-    from pipeline.render import plan_json, print_plan
+    from pipeline.render import plan_json, print_plan, short_title
 
     workspace = _workspace()
+    if options.picture is not None:
+        from pipeline.forecast.picture import check_picture_path
+
+        check_picture_path(options.picture)
     plan = make_plan(_load(options), workspace.store, workspace.digests())
+    if options.picture is not None and plan.forecast is not None:
+        from pipeline.forecast.picture import write_picture
+
+        write_picture(options.picture, short_title(plan), plan.forecast)
     if options.json:
         _print_json(plan_json(plan))
     else:
@@ -262,6 +279,22 @@ def _published(subject: Path, parent: str) -> Any:
     return read_published(getattr(_workspace(), parent) / load_config(subject).config.name)
 
 
+def _served(subject: Path) -> Any:
+    """A published model repository, from its config or its directory.
+
+    Raises:
+        StageError: it has not been published, or is of a build that makes none.
+    """
+    from pipeline.config import load_config
+    from pipeline.manifest import no_server
+
+    if not subject.is_dir():
+        config = load_config(subject).config
+        if config.mapping.world_size > 1 or config.build.backend in ("none", "tensorrt_llm"):
+            raise StageError(replace(no_server(config), where=str(subject)))
+    return _published(subject, "repositories_dir")
+
+
 def _show(options: argparse.Namespace) -> int:
     from pipeline.links import circle_problem
     from pipeline.show import contents_json, contents_text, describe, is_published
@@ -290,20 +323,25 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from pipeline.publish import damaged_files
+    from pipeline.integrity import check_published, here_json, identity_lines, offered_here
+    from pipeline.nvidia_host import nvidia_host
 
     published = _published(options.subject, "engines_dir")
-    problems = damaged_files(published.directory, published.document)
+    problems = check_published(published)
     if problems:
         raise GateError(problems)
     manifest = published.manifest
+    here = offered_here(manifest.identity, nvidia_host())
     has_report = "report.json" in manifest.files
     if options.json:
         path = published.directory / "report.json"
         report = json.loads(path.read_text("utf-8")) if has_report else None
-        _print_json({"files": len(manifest.files), "report": report})
+        shown = {"identity": manifest.identity.model_dump(mode="json"), "here": here_json(here)}
+        _print_json({"files": len(manifest.files), "report": report, **shown})
         return int(ExitCode.DONE)
     print(f"{len(manifest.files)} files as published (sha256)")
+    for line in (*identity_lines(manifest.identity), *(f"here: {line}" for line in here.lines)):
+        print(line)
     if not has_report:
         print(f"no quality report here: it is published with the engine, engines/{manifest.name}")
         return int(ExitCode.DONE)
@@ -315,7 +353,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from pipeline.serving.command import serve
 
-    published = _published(options.subject, "repositories_dir")
+    published = _served(options.subject)
     manifest = published.manifest
     config = _serve_config(options.subject, manifest)
     serve(published.directory, manifest.model_name, config, as_json=options.json)
@@ -335,7 +373,7 @@ def _client(options: argparse.Namespace) -> int:
     from pipeline.serving.client import AskOptions, decode_text
     from pipeline.serving.command import ask_and_print
 
-    manifest = _published(options.subject, "repositories_dir").manifest
+    manifest = _served(options.subject).manifest
     ask_and_print(
         sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt),
         manifest.model_name,

@@ -11,21 +11,22 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline import strict_yaml
-from pipeline.build_config import BuildConfig
+from pipeline.build_config import NETWORK_BACKENDS, BuildConfig
 from pipeline.calibration_config import (
-    BUNDLED,
     HUB_FILE_TAG,
     PATH_TAG,
     CalibrationConfig,
     HubFile,
-    refuse_two_columns,
 )
 from pipeline.calibration_config import Section as _Section
 from pipeline.errors import ConfigError, Problem
 from pipeline.links import possible_path, resolved
 from pipeline.names import BUILD_NAME, MODEL_NAME
+from pipeline.run_config import RehearsalConfig, RunConfig
 from pipeline.strict_yaml import Document, KeyPath, Location
 from pipeline.targets import TARGETS
+from pipeline.tensorrt_llm_config import ENVIRONMENTS, NOT_ONE_OF
+from pipeline.verify_config import VerifyConfig
 
 FormatName = Literal[
     "fp16", "int4_awq", "int4_gptq", "w4a8_awq", "int8_wo", "int8_sq", "fp8", "mixed"
@@ -83,6 +84,8 @@ class QuantizeConfig(_Section):
     ModelOpt's own passes over the tokens, which average such scales when they export."""
     kv_cache: Literal["fp16", "fp8", "int8"] = "fp16"
     """Scales for a quantized KV cache; the engines built here keep theirs in fp16."""
+    lm_head: Literal["fp16", "int8_wo"] = "fp16"
+    """Of the head, beside a quantized body; round-to-nearest, one scale for each token's row."""
     keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Linears that stay fp16: their Hugging Face names, * stands for anything."""
     budget: str | None = None
@@ -110,38 +113,17 @@ class MappingConfig(_Section):
     pad_ffn: bool = False
     """Zeros behind the feed-forward network where it cannot be cut; the model computes the same."""
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp
+
 
 class ConvertConfig(_Section):
     """What conversion lets pass."""
 
     allow_not_finite: bool = False
     """NaN and infinite weights are refused otherwise, with their number and names."""
-
-
-class GatesConfig(_Section):
-    """Limits that the engine must keep against the original model, or nothing is published."""
-
-    max_perplexity_ratio: Annotated[float, Field(gt=0)] = 1.05
-    max_mean_kl: Annotated[float, Field(gt=0)] = 0.05
-    min_top1_agreement: Annotated[float, Field(gt=0, le=1)] = 0.85
-
-
-class VerifyConfig(_Section):
-    """Held-out text and limits of the comparison."""
-
-    data: str = BUNDLED
-    column: Annotated[str, Field(min_length=1)] | None = None
-    """As for calibration."""
-    messages: Annotated[str, Field(min_length=1)] | None = None
-    """As for calibration."""
-    num_windows: Annotated[int, Field(ge=1)] = 64
-    seq_len: Annotated[int, Field(ge=8, le=131072)] = 256
-    gates: GatesConfig = GatesConfig()
-
-    @model_validator(mode="after")
-    def _columns_agree(self) -> VerifyConfig:
-        refuse_two_columns(self.column, self.messages)
-        return self
 
 
 class ServeConfig(_Section):
@@ -188,6 +170,8 @@ class Config(_Section):
     build: BuildConfig = BuildConfig()
     verify: VerifyConfig = VerifyConfig()
     serve: ServeConfig = ServeConfig()
+    run: RunConfig = RunConfig()
+    rehearsal: RehearsalConfig = RehearsalConfig()
 
     @field_validator("name")
     @classmethod
@@ -211,16 +195,34 @@ class LoadedConfig(BaseModel):
     """A config with what is needed to speak about it.
 
     Attributes:
-        config: the values.
+        config: the values that count: of a rehearsal, with the sizes of its section `rehearsal`.
+        written: the values as YAML and command line have them.
         path: the YAML file, absolute.
         lines: dotted key -> "file:line", for problems found later.
+        files: absolute path -> sha256 of the YAML and of all that it extends.
     """
 
     model_config = ConfigDict(frozen=True)
 
     config: Config
+    written: Config
     path: Path
     lines: dict[str, str]
+    files: dict[str, str] = {}
+
+    @classmethod
+    def of(
+        cls, written: Config, path: Path, lines: dict[str, str], files: dict[str, str]
+    ) -> LoadedConfig:
+        """A config whose weights are known: the one place where a rehearsal gets its sizes."""
+        is_rehearsal = isinstance(written.model, SyntheticSource)
+        config = _rehearsed(written) if is_rehearsal else written
+        return cls(config=config, written=written, path=path, lines=lines, files=files)
+
+    def replaced(self, **changes: Any) -> LoadedConfig:
+        """The same file with other top-level values, such as `model`."""
+        written = self.written.model_copy(update=changes)
+        return self.of(written, self.path, self.lines, self.files)
 
     @property
     def rehearsal(self) -> bool:
@@ -228,9 +230,33 @@ class LoadedConfig(BaseModel):
         return isinstance(self.config.model, SyntheticSource)
 
     @property
+    def rehearsal_note(self) -> str:
+        """What a rehearsal reads less of than the build that it stands for; "" for nothing."""
+        (quantize, verify), (full, full_verify) = (
+            (config.quantize.calibration, config.verify) for config in (self.config, self.written)
+        )
+        parts = []
+        if quantize != full and self.config.quantize.format != "fp16":
+            parts.append(
+                f"{quantize.num_samples} samples of {quantize.seq_len} tokens instead of "
+                f"{full.num_samples} of {full.seq_len} to calibrate"
+            )
+        if verify != full_verify and self.has_network:
+            parts.append(
+                f"{verify.num_windows} windows of {verify.seq_len} tokens instead of "
+                f"{full_verify.num_windows} of {full_verify.seq_len} to verify"
+            )
+        return f"rehearsal: {', '.join(parts)}" if parts else ""
+
+    @property
     def converts_only(self) -> bool:
         """The build ends with the TensorRT-LLM checkpoint; no engine is made of it here."""
         return self.config.build.backend == "none"
+
+    @property
+    def has_network(self) -> bool:
+        """The build makes an ONNX network, which can be verified on the CPU."""
+        return self.config.build.backend in NETWORK_BACKENDS
 
     @property
     def served_name(self) -> str:
@@ -276,7 +302,27 @@ def load_config(path: Path) -> LoadedConfig:
         for key, location in document.locations.items()
         if key
     }
-    return LoadedConfig(config=config, path=resolved(shown_path), lines=lines)
+    return LoadedConfig.of(config, resolved(shown_path), lines, document.digests)
+
+
+def _rehearsed(written: Config) -> Config:
+    """The same build on less text; never on more than the YAML asks for."""
+    small, verify, quantize = written.rehearsal, written.verify, written.quantize
+    calibration = quantize.calibration
+    shorter = calibration.model_copy(
+        update={
+            "num_samples": min(small.num_samples, calibration.num_samples),
+            "seq_len": min(small.seq_len, calibration.seq_len),
+        }
+    )
+    fewer = verify.model_copy(
+        update={
+            "num_windows": min(small.num_windows, verify.num_windows),
+            "seq_len": min(small.window_len, verify.seq_len),
+        }
+    )
+    quantized = quantize.model_copy(update={"calibration": shorter})
+    return written.model_copy(update={"quantize": quantized, "verify": fewer})
 
 
 def _possible(path: str, where: str) -> Path:
@@ -309,7 +355,7 @@ def _load_merged(path: Path, chain: tuple[Path, ...]) -> Document:
 def _merge(parent: Document, child: Document) -> Document:
     data = _merge_data(parent.data, child.data)
     locations = {**parent.locations, **child.locations}
-    return Document(data, locations)
+    return Document(data, locations, {**parent.digests, **child.digests})
 
 
 def _merge_data(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -350,6 +396,8 @@ def _problem(detail: dict[str, Any], document: Document, path: Path) -> Problem:
         allowed = context.get("expected") or context.get("expected_tags", "")
         key = ".source" if "tag" in context else ""
         return Problem(f"{where}{key}", f"{_shown(value, context)} is not known", str(allowed))
+    if kind == NOT_ONE_OF:
+        return Problem(where, f"{value!r} is not known", detail["msg"])
     if kind == "union_tag_not_found":
         return Problem(where, "has no `source:`", "demo, hub, directory, synthetic")
     if kind == "value_error":
@@ -371,6 +419,8 @@ def _pattern_help(key: str, context: dict[str, Any]) -> tuple[str, str]:
         return "the path of one file within the dataset, such as data/train.parquet", ""
     if key in ("id", "hub"):
         return "owner/name, as on the Hub", ""
+    if key == "image":
+        return "name:tag or name@sha256:digest", ""
     return str(context["pattern"]), ""
 
 
@@ -392,7 +442,7 @@ def _fields_at(loc: list[str | int]) -> set[str]:
         get_args(member.model_fields["source"].annotation)[0]: member
         for member in (DemoSource, HubSource, DirectorySource, SyntheticSource)
     }
-    candidates[HUB_FILE_TAG] = HubFile
+    candidates |= {HUB_FILE_TAG: HubFile, **ENVIRONMENTS}
     for part in loc:
         if str(part) in candidates:
             section = candidates[str(part)]
@@ -405,6 +455,10 @@ def _fields_at(loc: list[str | int]) -> set[str]:
     return set(section.model_fields) | extra
 
 
+_SILENT_TAGS = frozenset({PATH_TAG, HUB_FILE_TAG, *ENVIRONMENTS})
+"""Of unions whose members are told apart by their form; no YAML has them."""
+
+
 def _real_path(loc: Iterable[str | int], data: Any) -> KeyPath:
     """Location without the union tags that pydantic puts in."""
     path: list[str | int] = []
@@ -412,7 +466,7 @@ def _real_path(loc: Iterable[str | int], data: Any) -> KeyPath:
     for i, part in enumerate(parts):
         present = isinstance(data, dict) and part in data
         tag = isinstance(data, dict) and data.get("source") == part and i < len(parts) - 1
-        if (tag and not present) or part in (PATH_TAG, HUB_FILE_TAG):
+        if (tag and not present) or part in _SILENT_TAGS:
             continue
         path.append(part)
         data = data[part] if present else None

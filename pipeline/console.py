@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from pipeline.errors import PipelineError, Problem
+from pipeline.forecast.sizes_text import exact_text
 from pipeline.plan import Step
 from pipeline.progress import Progress
 
@@ -71,14 +72,6 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def bytes_text(count: float) -> str:
-    """12.3 MB, 7.24 GB: decimal units, as disks and downloads count."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
 class ConsoleView:
     """Run view for people: a bar per stage on a terminal, a line now and then elsewhere."""
 
@@ -87,7 +80,8 @@ class ConsoleView:
         self._active: _TerminalProgress | None = None
 
     def stage_hit(self, step: Step) -> None:
-        self._console.print(f"{step.stage.name:<9} [dim]up to date[/]")
+        state = "up to date" if step.dropped is None else "not needed"
+        self._console.print(f"{step.stage.name:<9} [dim]{state}[/]")
 
     def stage_starts(self, step: Step) -> Progress:
         if not self._console.is_terminal:
@@ -119,7 +113,7 @@ def _headline(facts: dict[str, Any]) -> str:
     for name, value in facts.items():
         if isinstance(value, bool | str) or not isinstance(value, int | float):
             continue
-        shown = bytes_text(value) if name.endswith("bytes") else f"{value:.5g}"
+        shown = exact_text(value) if name.endswith("bytes") else f"{value:.5g}"
         parts.append(f"{name.replace('_', ' ')} {shown}")
     return f": {', '.join(parts)}" if parts else ""
 
@@ -153,6 +147,9 @@ class _TerminalProgress:
     def say(self, text: str) -> None:
         self._rich.console.print(f"          {text}", markup=False)
 
+    def status(self, text: str) -> None:
+        self._rich.update(self._task, note=text)
+
     def stop(self) -> None:
         self._rich.stop()
 
@@ -173,16 +170,23 @@ class _PlainProgress:
 
     def advance(self, note: str = "") -> None:
         self._done += 1
+        self._print(note)
+
+    def status(self, text: str) -> None:
+        self._print(text)
+
+    def _print(self, note: str) -> None:
+        """A line, unless there was one a moment ago."""
         now = time.monotonic()
         if now - self._printed < _PLAIN_INTERVAL_S:
             return
         self._printed = now
-        left = (now - self._started) / self._done * (self._total - self._done)
-        self._console.print(
-            f"{self._name:<9} {self._done}/{self._total} {self._unit}, "
-            f"{seconds_text(left)} left {note}",
-            markup=False,
-        )
+        parts = [f"{self._done}/{self._total} {self._unit}"]
+        if self._done:
+            seconds = (now - self._started) / self._done * (self._total - self._done)
+            parts.append(f"{seconds_text(seconds)} left")
+        text = "; ".join(filter(None, [", ".join(parts), note]))
+        self._console.print(f"{self._name:<9} {text}", markup=False)
 
     def say(self, text: str) -> None:
         self._console.print(f"          {text}", markup=False)

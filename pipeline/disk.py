@@ -19,17 +19,23 @@ _FIXES = {**_FULL, errno.EROFS: _WRITABLE, errno.EACCES: "give this user access 
 def write_problem(directory: Path) -> Problem | None:
     """Why files cannot be made in a directory, which may not exist yet. Leaves no trace."""
     try:
-        with tempfile.TemporaryFile(dir=_nearest(directory)):
+        with tempfile.TemporaryFile(dir=nearest_directory(directory)):
             return None
     except OSError as error:
         return Problem(str(directory), os.strerror(error.errno or 0), fix=_WRITABLE)
 
 
-def _nearest(directory: Path) -> Path:
+def nearest_directory(directory: Path) -> Path:
     """The directory, or what it would be made in. A link that leads nowhere is not passed over."""
     while not os.path.lexists(directory) and directory != directory.parent:
         directory = directory.parent
     return directory
+
+
+def not_written(path: Path, error: OSError) -> Problem:
+    """A file whose writing the system refused, for a writer that knows its name."""
+    fix = _FIXES.get(error.errno or 0, "look at that disk")
+    return Problem(str(path), f"cannot be written: {error.strerror or error}", fix=fix)
 
 
 def disk_error(error: OSError) -> StageError | None:

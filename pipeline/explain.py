@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pipeline.plan import Plan
@@ -23,7 +24,7 @@ def explain(
         name = step.stage.name
         if step.action is None:
             reasons[name] = ["its input is not known before it has been read"]
-        elif step.artifact is not None:
+        elif step.status in ("done", "not needed"):
             reasons[name] = []
         else:
             reasons[name] = _reasons(step.action, store, published.get(name))
@@ -48,8 +49,17 @@ def _reasons(action: Action, store: Store, published: dict[str, Any] | None) -> 
     stored = store.actions_of(action.stage)
     if not stored:
         return ["never made before"]
-    nearest = min((differences(action, manifest["action"]) for manifest in stored), key=len)
+    if store.dropped(action) is not None:
+        return ["was dropped (run.keep: needed), and a stage that would run reads it"]
+    like = min((manifest["action"] for manifest in stored), key=partial(_distance, action))
+    nearest = differences(action, like)
+    if 2 * len(nearest) > len({*_flat(like), *_flat(action.fields())}):
+        return ["never made before"]  # that one is of another model
     return nearest or ["its files are missing or were changed"]
+
+
+def _distance(action: Action, stored: dict[str, Any]) -> int:
+    return len(changed_fields(action, stored))
 
 
 def differences(action: Action, stored: dict[str, Any]) -> list[str]:

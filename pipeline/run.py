@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline import __version__
 from pipeline.config import LoadedConfig
 from pipeline.disk import write_problem
-from pipeline.errors import PipelineError, Problem, StageError
+from pipeline.errors import PipelineError, PlanError, Problem, StageError
 from pipeline.explain import changed_fields
 from pipeline.external import DigestCache
+from pipeline.identity import Identity, identity_of
+from pipeline.keeping import Keeper
+from pipeline.launch import started_too_often
+from pipeline.manifest import SCHEMA
 from pipeline.plan import Plan, Step, external_files, make_plan
 from pipeline.progress import Progress
 from pipeline.publish import link_tree, publish
 from pipeline.stage_process import run_stage
-from pipeline.store import LOG, MANIFEST, Action, Artifact, is_unchanged
+from pipeline.stages.build import build_limits
+from pipeline.store import LOG, MANIFEST, Action, Artifact, file_sha256, is_unchanged
 from pipeline.workspace import Workspace
 
 _EVIDENCE = ("*.log", "report.*")
@@ -30,7 +36,7 @@ class RunView(Protocol):
     """Who watches a run: a terminal, plain lines, or nobody."""
 
     def stage_hit(self, step: Step) -> None:
-        """The artifact exists."""
+        """The artifact exists, or was dropped and is not needed."""
 
     def stage_starts(self, step: Step) -> Progress:
         """A stage is about to run; returns where its progress goes."""
@@ -65,33 +71,63 @@ def run(loaded: LoadedConfig, workspace: Workspace, view: RunView) -> RunResult:
     """Make everything that is missing, then publish.
 
     Raises:
-        PlanError, ToolError, CheckpointError: the plan has problems; nothing was started.
+        PlanError, ToolError, CheckpointError: the plan has problems; nothing was started. PlanError
+            also when mpirun has started this program several times.
         StageError: a directory cannot be written; nothing was started.
         PipelineError: a stage failed; nothing was published, its log is kept under failed/.
     """
+    _refuse_many_starts()
     digests = workspace.digests()
     plan = _plan_with_keys(loaded, workspace, digests, view)
+    if loaded.rehearsal_note:
+        view.say(loaded.rehearsal_note)
     workspace.store.remove_dead_work()
-    maker = _Maker(loaded, workspace, digests, view)
-    fetch = plan.step("fetch")
-    maker.make(fetch)
-    if maker.executed:
-        # Now the weights can be checked, before hours go by; they may be quantized already, too.
-        plan = make_plan(loaded, workspace.store, digests)
-        plan.raise_problems()
-    for step in plan.steps:
-        if step.stage is not fetch.stage:
-            maker.make(step)
-    published = _publish(loaded, workspace, maker.artifacts)
+    with Keeper(loaded, workspace, view.say) as keeper:
+        maker = _Maker(loaded, workspace, digests, view)
+        steps = keeper.hold(plan.steps)
+        maker.make(steps[0])
+        if maker.executed:
+            # Now the weights can be checked, before hours go by; they may be quantized already, too.
+            plan = make_plan(loaded, workspace.store, digests)
+            plan.raise_problems()
+            steps = keeper.hold(plan.steps)
+        for index, step in enumerate(steps):
+            if index > 0:
+                maker.make(step)
+            keeper.let_go(steps[: index + 1], steps[index + 1 :])
+        published = _publish(loaded, workspace, maker.artifacts)
+    for path in _changed_configs(loaded):
+        view.say(
+            f"{path} was changed while this run was under way: what was made is what it said at the "
+            "start; run again for the rest"
+        )
     return RunResult(
         engine_dir=workspace.engines_dir / loaded.config.name,
         repository_dir=(
-            None if loaded.converts_only else workspace.repositories_dir / loaded.config.name
+            workspace.repositories_dir / loaded.config.name if "serve" in maker.artifacts else None
         ),
         artifacts=maker.artifacts,
         executed=tuple(maker.executed),
         published=published,
     )
+
+
+def _changed_configs(loaded: LoadedConfig) -> Iterator[str]:
+    """The YAML, or one that it extends, whose bytes are no more what this run has read."""
+    for path, sha256 in loaded.files.items():
+        try:
+            is_same = file_sha256(Path(path)) == sha256
+        except OSError:  # gone
+            is_same = False
+        if not is_same:
+            yield path
+
+
+def _refuse_many_starts() -> None:
+    """One run starts one process for each rank; as many runs would wait for each other's locks."""
+    problem = started_too_often()
+    if problem is not None:
+        raise PlanError(problem)
 
 
 def _plan_with_keys(
@@ -100,7 +136,7 @@ def _plan_with_keys(
     """Plan; read large external files once if that is what it takes to know the keys."""
     plan = make_plan(loaded, workspace.store, digests)
     plan.raise_problems()
-    _refuse_unwritable(loaded, workspace)
+    _refuse_unwritable(plan, workspace)
     if plan.unhashed_bytes:
         view.say(f"hashing {plan.unhashed_bytes / 1e9:.1f} GB of the original checkpoint, once")
         for path in external_files(loaded, plan.steps):
@@ -110,10 +146,10 @@ def _plan_with_keys(
     return plan
 
 
-def _refuse_unwritable(loaded: LoadedConfig, workspace: Workspace) -> None:
+def _refuse_unwritable(plan: Plan, workspace: Workspace) -> None:
     """Say before hours go by that the result could not be written."""
     found = [write_problem(workspace.engines_dir) or write_problem(workspace.store.root)]
-    if not loaded.converts_only:
+    if any(step.stage.name == "serve" for step in plan.steps):
         found.append(write_problem(workspace.repositories_dir))
     problems = [problem for problem in found if problem is not None]
     if problems:
@@ -138,12 +174,18 @@ class _Maker:
         self._digests = digests
         self._view = view
         self._read: list[Path] = []  # external files that decide what was made so far
+        self._dropped: set[str] = set()
 
     def make(self, step: Step) -> None:
         """Take the artifact from the store, or run the stage under the lock of its key."""
         name, action = step.stage.name, step.action
         assert action is not None
         self._read += external_files(self._loaded, [step])
+        if step.dropped is not None:
+            self.artifacts[name] = step.dropped
+            self._dropped.add(name)
+            self._view.stage_hit(step)
+            return
         artifact = self._stored(step)
         if artifact is None:
             waiting = f"{name}: another run is making the same artifact; waiting for it"
@@ -162,6 +204,9 @@ class _Maker:
 
     def _run(self, step: Step, action: Action) -> Artifact:
         name = step.stage.name
+        if not self._dropped.isdisjoint(step.inputs.values()):
+            what = "what was made of it before was changed or removed while this run was under way"
+            raise StageError(Problem(f"stage {name}", what, fix="run again"))
         progress = self._view.stage_starts(step)
         inputs = {role: self.artifacts[stage].path for role, stage in step.inputs.items()}
         started = time.monotonic()
@@ -214,7 +259,7 @@ def _publish(loaded: LoadedConfig, workspace: Workspace, artifacts: dict[str, Ar
     """Make engine and repository visible, each in one step; False if they are there already."""
     keys = {name: artifact.key for name, artifact in artifacts.items()}
     manifest = {
-        "schema": 2,
+        "schema": SCHEMA,
         "made_by": f"trtpipe {__version__}",
         "name": loaded.config.name,
         "rehearsal": loaded.rehearsal,
@@ -222,16 +267,14 @@ def _publish(loaded: LoadedConfig, workspace: Workspace, artifacts: dict[str, Ar
         "keys": keys,
         "actions": {name: artifact.manifest["action"] for name, artifact in artifacts.items()},
         "facts": {name: artifact.facts for name, artifact in artifacts.items()},
+        "identity": _identity(loaded, artifacts).model_dump(mode="json"),
     }
 
-    visible: list[tuple[Path, tuple[str, ...]]]
-    if loaded.converts_only:
-        visible = [(workspace.engines_dir, ("convert",))]
-    else:
-        visible = [
-            (workspace.engines_dir, ("build", "verify")),
-            (workspace.repositories_dir, ("serve",)),
-        ]
+    main = ("build", "verify") if "build" in artifacts else ("convert",)
+    shown = tuple(stage for stage in (*main, "kit") if stage in artifacts)
+    visible = [(workspace.engines_dir, shown)]
+    if "serve" in artifacts:
+        visible.append((workspace.repositories_dir, ("serve",)))
     changed = False
     for parent, stages in visible:
 
@@ -247,6 +290,20 @@ def _publish(loaded: LoadedConfig, workspace: Workspace, artifacts: dict[str, Ar
     return changed
 
 
+def _identity(loaded: LoadedConfig, artifacts: dict[str, Artifact]) -> Identity:
+    """What the engine, or the checkpoint that the build ends with, is and needs."""
+    has_engine = "build" in artifacts
+    ranks = artifacts["build" if has_engine else "convert"]
+    return identity_of(
+        loaded.config,
+        {name: artifact.manifest["action"] for name, artifact in artifacts.items()},
+        artifacts["convert"].key,
+        ranks.facts if has_engine else None,
+        asdict(build_limits(loaded)),
+        ranks.manifest["files"],
+    )
+
+
 def _is_published(destination: Path, expected: dict[str, Any]) -> bool:
     """Whether exactly this is there, down to the modification time of every file."""
     try:
@@ -256,6 +313,7 @@ def _is_published(destination: Path, expected: dict[str, Any]) -> bool:
     if not isinstance(manifest, dict):
         return False
     files = manifest.pop("files", {})
+    manifest.pop("digest", None)
     return manifest == expected and all(
         is_unchanged(destination / name, entry) for name, entry in files.items()
     )

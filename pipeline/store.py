@@ -6,7 +6,8 @@ Layout under the root (`engines/.store`):
     work/<key>.<pid>/         an unfinished one; never looked at by a reader
     unfinished/<stage>-<key>/ finished parts of an artifact that a killed run left, and action.json
     failed/<stage>-<key>/     what a failed run left: its log, and reports that explain the failure
-    locks/<key>.lock          held while a key is being made
+    dropped/<stage>-<key>/    manifest, log and reports of an artifact that nothing needed any more
+    locks/<key>.lock          held while a key is being made; <key>.use.lock while a run uses it
 
 A directory under <stage>/ is complete by construction: manifest.json is written last, then the whole
 directory is renamed into place.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -31,6 +33,8 @@ LOG = "stage.log"
 ACTION = "action.json"
 SCHEMA = 1
 """Of the store's manifests; one of another schema is a miss."""
+_EXPLAINS = (MANIFEST, "*.log", "*report*.json", "*report*.html")
+"""What stays of an artifact that is dropped: what it was, and how it came about."""
 _TAG = b"trtpipe action 1\n"
 _CHUNK_BYTES = 1 << 20
 
@@ -164,6 +168,27 @@ def is_unchanged(path: Path, entry: Mapping[str, Any]) -> bool:
     return bool(status.st_size == entry["bytes"] and status.st_mtime_ns == entry["mtime_ns"])
 
 
+class Hold:
+    """One run's claim on one artifact: while any is held, nobody drops the artifact."""
+
+    def __init__(self, path: Path) -> None:
+        """Waits while another process, which is the last holder, drops the artifact."""
+        self._stream = path.open("a")
+        fcntl.flock(self._stream, fcntl.LOCK_SH)
+
+    def is_the_last(self) -> bool:
+        """Whether no other run holds it; then none can until `release`. If not, this hold is gone."""
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Hold it no more."""
+        self._stream.close()
+
+
 class Store:
     """Artifacts by key under one root directory."""
 
@@ -190,8 +215,9 @@ class Store:
         return Artifact(path, action.key, manifest)
 
     def actions_of(self, stage: str) -> list[dict[str, Any]]:
-        """Stored manifests of one stage, newest first: what `explain` compares with."""
-        found = map(_read_manifest, (self.root / stage).glob("*/"))
+        """Manifests of one stage, newest first: what `explain` compares with."""
+        kept, dropped = (self.root / stage).glob("*/"), self.root.glob(f"dropped/{stage}-*/")
+        found = map(_read_manifest, (*kept, *dropped))
         manifests = [manifest for manifest in found if manifest is not None]
         return sorted(manifests, key=lambda manifest: str(manifest["created"]), reverse=True)
 
@@ -222,6 +248,31 @@ class Store:
             else:
                 yield True
 
+    def hold(self, action: Action) -> Hold:
+        """Claim an action's artifact, made or not, so that no other run drops it meanwhile."""
+        return Hold(self._lock_path(f"{action.key}.use"))
+
+    def dropped(self, action: Action) -> Artifact | None:
+        """What is left of an artifact that was dropped: its manifest and reports; None if it was not."""
+        path = self._dropped_dir(action)
+        manifest = _read_manifest(path)
+        return None if manifest is None else Artifact(path, action.key, manifest)
+
+    def drop(self, action: Action) -> None:
+        """Remove an artifact but for what explains it.
+
+        Call while holding the lock of its key and the last `Hold`. Takes no room on the disk; a process
+        that is killed on the way has dropped it, and `remove_dead_work` removes the rest.
+        """
+        path = self._dropped_dir(action)
+        shutil.rmtree(path, ignore_errors=True)
+        path.parent.mkdir(exist_ok=True)
+        self.artifact_dir(action).rename(path)
+        _keep_what_explains(path)
+
+    def _dropped_dir(self, action: Action) -> Path:
+        return self.root / "dropped" / f"{action.stage}-{action.key}"
+
     def _lock_path(self, name: str) -> Path:
         path = self.root / "locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +292,9 @@ class Store:
         return path
 
     def remove_dead_work(self) -> None:
-        """Remove the work directories of runs that were killed, whatever they were making."""
+        """Remove what killed runs left of artifacts that they were making, or were about to drop."""
+        for path in (self.root / "dropped").glob("*/"):
+            _keep_what_explains(path)
         for path in (self.root / "work").glob("*.*"):
             key, _, pid = path.name.rpartition(".")
             if not pid.isdecimal() or _is_alive(int(pid)):
@@ -270,6 +323,7 @@ class Store:
         work_dir.rename(final)
         sync(final.parent)
         shutil.rmtree(self._failed_dir(action), ignore_errors=True)  # it explains nothing any more
+        shutil.rmtree(self._dropped_dir(action), ignore_errors=True)
         self.remove_unfinished(action)
         return Artifact(final, action.key, manifest)
 
@@ -335,6 +389,16 @@ def _move(files: list[Path], directory: Path) -> None:
         path.rename(directory / path.name)
 
 
+def _keep_what_explains(directory: Path) -> None:
+    """Remove all other files and directories."""
+    for path in sorted(directory.rglob("*"), reverse=True):  # what a directory holds comes first
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # something in it stays
+                path.rmdir()
+        elif not any(fnmatch.fnmatch(path.name, pattern) for pattern in _EXPLAINS):
+            path.unlink(missing_ok=True)  # two may tidy up at once
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -392,4 +456,4 @@ def _make_read_only(directory: Path) -> None:
     """Published files are hard links to these: an edit there must not reach the store."""
     for path in list_files(directory):
         if not path.is_symlink():
-            path.chmod(0o444)
+            path.chmod(0o444 | (path.stat().st_mode & 0o111))  # a kit's script stays executable

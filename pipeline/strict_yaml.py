@@ -6,6 +6,7 @@ objects. Numbers such as `1e-3` are numbers (YAML 1.2), which PyYAML by itself r
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -37,10 +38,12 @@ class Document:
     Attributes:
         data: dicts, lists and scalars.
         locations: key path -> location; the empty path is the document itself.
+        digests: file -> sha256 of its bytes.
     """
 
     data: dict[str, Any]
     locations: dict[KeyPath, Location] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,7 +74,8 @@ def load(path: Path) -> Document:
     """
     shown = str(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(_missing_file(path)) from None
     except UnicodeDecodeError as error:
@@ -96,11 +100,12 @@ def load(path: Path) -> Document:
             loader.dispose()
     if reader.problems:
         raise ConfigError(reader.problems)
-    return Document(data, reader.locations)
+    digests = {str(path.absolute()): hashlib.sha256(content).hexdigest()}
+    return Document(data, reader.locations, digests)
 
 
 def _missing_file(path: Path) -> Problem:
-    known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    known = sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))
     return Problem(
         str(path),
         "no such file",

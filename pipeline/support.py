@@ -44,9 +44,8 @@ def support_markdown() -> str:
 
 _LEGEND = """\
 "read": a checkpoint that is in this format already is read and converted. "made": the quantize stage
-makes it of plain weights. Engines are built with tp 1 and pp 1; `build.backend: none` converts for any
-legal tp, pp and moe_ep. Which format runs where ("tensorrt_llm": what becomes of the checkpoint that
-`build.backend: none` leaves):"""
+makes it of plain weights. Any legal tp, pp and moe_ep, but mixed formats need pp 1. Which format runs
+where:"""
 
 
 def _depth(architecture: str, fmt: str) -> str:

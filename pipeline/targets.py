@@ -1,6 +1,8 @@
 """GPUs that engines are built for: compute capability, memory, bandwidth.
 
-Memory and bandwidth are the vendor's data-sheet figures. SM numbers as in the CUDA GPU list.
+Memory and bandwidth are the vendor's data-sheet figures, of the SXM form where there are several; of
+H200 (141 GB) and B200 (180 GB) the memory is what the driver shows of it. SM numbers as in NVIDIA's list
+of GPUs by compute capability.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ TARGETS: dict[str, Target] = {
         _gpu("l4", 89, 24, 300),
         _gpu("l40s", 89, 48, 864),
         _gpu("h100-80gb", 90, 80, 3350),
+        _gpu("h200", 90, 139, 4800),
+        _gpu("b200", 100, 179, 8000),
         _gpu("rtx5090", 120, 32, 1792),
     )
 }

@@ -29,13 +29,9 @@ def override_weights(loaded: LoadedConfig, weights: str) -> LoadedConfig:
             raise PlanError(Problem("--weights", str(error))) from None
         if not (path / "config.json").is_file():
             raise CheckpointError(no_checkpoint(path))
-        return _replace(loaded, model=DirectorySource(source="directory", path=str(path)))
+        return loaded.replaced(model=DirectorySource(source="directory", path=str(path)))
     model = SyntheticSource(source="synthetic", shape=model_shape_fields(loaded))
-    return _replace(loaded, model=model, name=f"{loaded.config.name}-synthetic")
-
-
-def _replace(loaded: LoadedConfig, **changes: Any) -> LoadedConfig:
-    return loaded.model_copy(update={"config": loaded.config.model_copy(update=changes)})
+    return loaded.replaced(model=model, name=f"{loaded.config.name}-synthetic")
 
 
 def model_shape_fields(loaded: LoadedConfig) -> dict[str, Any]:

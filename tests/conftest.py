@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Two spinning OpenMP threads on a busy two-core machine cost a factor of ten; set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -15,6 +16,9 @@ import hypothesis
 import pytest
 
 from tests.tiny import write_tiny_llama
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline is a timed test: it fails on a busy machine and finds no bug.
 hypothesis.settings.register_profile("trtpipe", deadline=None)

@@ -97,6 +97,7 @@ def _download(model: HubSource, context: StageContext) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -109,8 +110,7 @@ def _download(model: HubSource, context: StageContext) -> None:
             model.id, revision=model.revision, allow_patterns=list(CHECKPOINT_PATTERNS)
         )
     except GatedRepoError:
-        fix = "accept the licence on the model's page, then `huggingface-cli login`"
-        raise ToolError(Problem(where, "access to this model is restricted", fix=fix)) from None
+        raise ToolError(_gated(where, model)) from None
     except RevisionNotFoundError:
         fix = "copy the commit hash from the model's history"
         raise ToolError(Problem(where, "the Hub has no such revision", fix=fix)) from None
@@ -118,11 +118,35 @@ def _download(model: HubSource, context: StageContext) -> None:
         fix = "check the id; for a private model run `huggingface-cli login`"
         raise ToolError(Problem(where, "the Hub has no such model", fix=fix)) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ToolError(_unreachable(where, error)) from None
+        raise ToolError(_refused(where, error.__cause__) or _unreachable(where, error)) from None
+    except HfHubHTTPError as error:
+        raise ToolError(_refused(where, error) or _broken_off(where, error)) from None
     except OSError as error:
-        what, fix = f"the download broke off ({error})", "run again: it goes on where it stopped"
-        raise ToolError(Problem(where, what, fix=fix)) from None
+        raise ToolError(_broken_off(where, error)) from None
     link_local(Path(cached), context.out_dir)
+
+
+def _gated(where: str, model: HubSource) -> Problem:
+    return Problem(
+        where,
+        "access to this model is restricted",
+        fix=f"accept the licence at https://huggingface.co/{model.id}, then `huggingface-cli login` "
+        f"or set HF_TOKEN; {_ELSEWHERE}",
+    )
+
+
+def _refused(where: str, error: BaseException | None) -> Problem | None:
+    """What the Hub answers to a token that is wrong or may not read the model; the client says less."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status not in (401, 403):
+        return None
+    fix = f"check that your token may read this model: `huggingface-cli login`; {_ELSEWHERE}"
+    return Problem(where, f"the Hub refuses it with status {status}", fix=fix)
+
+
+def _broken_off(where: str, error: OSError) -> Problem:
+    fix = "run again: it goes on where it stopped"
+    return Problem(where, f"the download broke off ({error})", fix=fix)
 
 
 def _unreachable(where: str, error: Exception) -> Problem:
@@ -130,9 +154,11 @@ def _unreachable(where: str, error: Exception) -> Problem:
     return Problem(
         where,
         f"the Hub cannot be reached and the model is not in the local cache ({reason})",
-        fix="go online and run again (a broken download resumes), or point at a local copy: "
-        "WEIGHTS=<dir>, or rehearse with WEIGHTS=synthetic",
+        fix=f"go online and run again (a broken download resumes), {_ELSEWHERE}",
     )
+
+
+_ELSEWHERE = "or point at a local copy: WEIGHTS=<dir>, or rehearse with WEIGHTS=synthetic"
 
 
 def _synthesize(model: SyntheticSource, context: StageContext) -> None:

@@ -102,6 +102,9 @@ def _unused_problems(loaded: LoadedConfig, declared: Declared) -> Iterator[Probl
         if getattr(quantize, name):
             what = f"nothing is quantized here: {maker} has done it already"
             yield Problem(loaded.where("quantize", name), what, fix="remove it")
+    if quantize.lm_head != "fp16":
+        what = f"{quantize.lm_head}, but {maker} has quantized the source already"
+        yield Problem(loaded.where("quantize", "lm_head"), what, "fp16", "remove it")
     if quantize.kv_cache not in ("fp16", declared.format.kv_cache):
         what = (
             f"{quantize.kv_cache}, but {maker} has quantized the source already, without its scales"

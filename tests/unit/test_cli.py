@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,19 +87,20 @@ def test_errors_as_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_impossible_plan_ends_with_2_and_starts_nothing(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write_build(here, mapping={"tp": 2})
+    config = write_build(here, mapping={"tp": 3})
     assert main(["run", str(config)]) == 2
-    assert "mapping.tp: 2 ranks" in capsys.readouterr().err
+    assert ": mapping: " in capsys.readouterr().err
     assert not list((here / "engines").glob("*")) if (here / "engines").exists() else True
 
 
 def test_an_impossible_plan_as_json_is_one_document(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write_build(here, mapping={"tp": 2})
+    config = write_build(here, mapping={"tp": 3})
     assert main(["plan", str(config), "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
-    assert len(document["problems"]) == 1
+    where = [problem["where"].rpartition(": ")[2] for problem in document["problems"]]
+    assert where == ["mapping"] * 3  # attention heads, KV heads, feed-forward network
 
 
 @pytest.mark.parametrize("kind", ["directory", "config.json", "option"])
@@ -136,6 +138,31 @@ def test_what_is_not_published_names_the_fix(
     config = write_build(here)
     assert main([verb, str(config)]) == 5
     assert "is not published" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"mapping": {"tp": 2}}, "has 2 ranks; a server runs one, on the CPU"),
+        ({"backend": "none"}, "was built without a server: it ends with its checkpoint"),
+        (
+            {"backend": "tensorrt_llm"},
+            "was built without a server: backend tensorrt_llm ends with an engine or a kit",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["serve", "client"])
+def test_a_build_that_has_no_server_says_why(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    sections: dict[str, Any],
+    expected: str,
+) -> None:
+    """Not that it has to be run: a run would change nothing."""
+    config = write_build(here, **sections)
+    assert main([verb, str(config), *(["x"] if verb == "client" else [])]) == 5
+    assert f"{config}: {expected}" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_exist(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

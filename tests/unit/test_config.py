@@ -31,8 +31,9 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
     [
         (
             "model: {source: demo}\nbuild:\n  max_batch_sze: 4\n",
-            "x.yaml:3: build.max_batch_sze: unknown key; allowed: backend, launch, max_batch_size, "
-            "max_input_len, max_seq_len; fix: did you mean `max_batch_size`?",
+            "x.yaml:3: build.max_batch_sze: unknown key; allowed: also_for, backend, hostfile, "
+            "launch, max_batch_size, max_input_len, max_memory_gb, max_seq_len, tensorrt, "
+            "tensorrt_llm; fix: did you mean `max_batch_size`?",
         ),
         (
             "model: {source: demo}\nbuild:\n  max_batch_size: four\n",
@@ -48,8 +49,8 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
         ),
         (
             "model: {source: demo}\ntarget: rtx4080x\n",
-            "x.yaml:2: target: unknown target 'rtx4080x'; allowed: a10, a100-80gb, h100-80gb, l4, "
-            "l40s, orin-agx-64gb, rtx3090, rtx4090, rtx5090",
+            "x.yaml:2: target: unknown target 'rtx4080x'; allowed: a10, a100-80gb, b200, "
+            "h100-80gb, h200, l4, l40s, orin-agx-64gb, rtx3090, rtx4090, rtx5090",
         ),
         (
             "model:\n  source: hub\n  id: meta-llama/Llama-2-13b-hf\n  revision: main\n",
@@ -104,6 +105,22 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
             "x.yaml:2: serve: http_port, grpc_port and metrics_port are 8000, 8000, 8002; allowed: "
             "three different ports",
         ),
+        *(
+            (
+                "model: {source: demo}\nbuild: {tensorrt_llm: {environment: " + given + "}}\n",
+                "x.yaml:2: build.tensorrt_llm.environment" + said,
+            )
+            for given, said in (
+                ("here", ": 'here' is not known; allowed: current, {venv: DIRECTORY} or {image: "),
+                ("{A: 1}", ": {'A': 1} is not known; allowed: current, "),
+                ("{venv: a, foo: 1}", ".foo: unknown key; allowed: venv; fix: remove it"),
+                ("{image: x}", ".image: 'x' does not fit; allowed: name:tag or name@sha256:digest"),
+                (
+                    "{image: a:latest}",
+                    ": a:latest moves; allowed: a tag with a version, or a digest",
+                ),
+            )
+        ),
         (b"model: \xff\n", "x.yaml: byte 7 is not valid UTF-8"),
         (
             "model: {source: demo}\nverify: {gates: {min_top1_agreement: 1.5}}\n",
@@ -124,6 +141,7 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text("model: {source: demo}\n")
+    (tmp_path / ".hidden.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"dmo.yaml: no such file; allowed: demo;"):
         load_config(tmp_path / "dmo.yaml")
 

@@ -25,7 +25,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextlib.contextmanager
-def _mounted(directory: Path, options: str) -> Iterator[bool]:
+def mounted(directory: Path, options: str) -> Iterator[bool]:
     """A file system of its own there; False where this user may not mount."""
     directory.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
@@ -71,7 +71,7 @@ def test_links_that_lead_nowhere(here: Path, capsys: pytest.CaptureFixture[str])
 def test_read_only_directories(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     config = write_build(here)
     (here / "engines").mkdir()
-    with _mounted(here / name, "ro") as is_mounted:
+    with mounted(here / name, "ro") as is_mounted:
         if not is_mounted:  # a link to what no user may write, root included
             (here / name).rmdir()
             (here / name).symlink_to("/proc/self")
@@ -94,11 +94,24 @@ def test_looking_leaves_no_trace(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", ["size=4k", "nr_inodes=5", "nr_inodes=12"])
+def test_a_disk_that_is_too_small_is_seen_by_the_plan(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_build(here)
+    with mounted(here / "engines", "size=4k") as is_mounted:
+        if not is_mounted:
+            return  # tests of plans know disks that no one has to mount
+        assert main(["run", str(config), "--json"]) == 2
+        (problem,) = json.loads(capsys.readouterr().out)["problems"]
+        assert problem["where"] == f"disk of {here / 'engines'}"
+        assert not list((here / "engines").iterdir())
+
+
+@pytest.mark.parametrize("options", ["nr_inodes=5", "nr_inodes=12"])
 def test_a_disk_that_is_full(here: Path, capsys: pytest.CaptureFixture[str], options: str) -> None:
     """In a write, which names no file, and where files are made, by the run or by its stage."""
     config = write_build(here)
-    with _mounted(here / "engines", options) as is_mounted:
+    with mounted(here / "engines", options) as is_mounted:
         if not is_mounted:
             return  # `test_what_only_the_disk_can_cause` is all that this user can try
         assert main(["run", str(config), "--json"]) == 5

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.engine import (
     BACKENDS,
+    RANK_BACKENDS,
     BuildFacts,
     WorkerRequest,
     facts_path,
@@ -58,17 +59,16 @@ def test_tensorrt_rtx_takes_what_it_can_compile_for(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "sm", "other"),
     [
-        ("orin-agx-64gb", 87, "tensorrt, run on the Jetson module itself"),
-        ("h100-80gb", 90, "tensorrt_llm, or tensorrt, run on a host with that GPU"),
+        ("orin-agx-64gb", 87, "tensorrt, on the module itself"),
+        ("h100-80gb", 90, "tensorrt_llm or tensorrt, on that GPU"),
     ],
 )
 def test_tensorrt_rtx_names_the_backend_for_other_gpus(name: str, sm: int, other: str) -> None:
     problem = BACKENDS["tensorrt_rtx"].can_target(TARGETS[name])
     assert str(problem) == (
         f"target: TensorRT-RTX 1.7 cannot compile for {name} (SM{sm}); allowed: a100-80gb, a10, "
-        "rtx3090, rtx4090, l4, l40s, rtx5090; fix: the backend for it is "
-        f"{other}; this version of the program does not drive it yet "
-        "(backend: onnxruntime builds for the CPU)"
+        "rtx3090, rtx4090, l4, l40s, rtx5090; fix: build.backend: "
+        f"{other} (elsewhere the run ends with a kit to build it there), or onnxruntime for the CPU"
     )
 
 
@@ -140,7 +140,7 @@ def test_weights_that_give_no_number_fail_the_build(tmp_path: Path) -> None:
     engine.mkdir()
     export_network(checkpoint, 0, engine, LIMITS, SilentProgress())
     with pytest.raises(
-        GateError, match="300 of 300 logits are not finite; fix: check the checkpoint"
+        GateError, match="1200 of 1200 logits are not finite; fix: check the checkpoint"
     ):
         check_forward(engine, 0)
 
@@ -149,7 +149,7 @@ def test_a_refused_target_writes_nothing(tmp_path: Path) -> None:
     checkpoint = write_random_rank(tmp_path / "checkpoint", quantized=False)
     request = work("tensorrt_rtx", checkpoint, tmp_path / "engine", "h100-80gb")
     with pytest.raises(PlanError, match="cannot compile for h100-80gb"):
-        BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
+        RANK_BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
     assert list((tmp_path / "engine").iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_tensorrt_rtx_wants_more_than_one_token_per_call(tmp_path: Path) -> None
     limits = BuildLimits(max_batch_size=1, max_seq_len=8, max_input_len=1)
     request = WorkerRequest("tensorrt_rtx", checkpoint, tmp_path, 0, "l4", limits)
     with pytest.raises(PlanError) as caught:
-        BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
+        RANK_BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
     assert str(caught.value) == (
         "build limits: max_input_len is 1: TensorRT-RTX would not fuse attention; allowed: 2 or more"
     )
@@ -171,7 +171,7 @@ def test_a_missing_compiler_is_a_tool_error(
     checkpoint = write_random_rank(tmp_path / "checkpoint", quantized=False)
     request = WorkerRequest("tensorrt_rtx", checkpoint, tmp_path, 0, "rtx4090", LIMITS)
     with pytest.raises(ToolError, match=r"cannot be loaded.*pip install 'trtpipe\[rtx\]'"):
-        BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
+        RANK_BACKENDS["tensorrt_rtx"].build_rank(request, SilentProgress())
 
 
 def test_the_engine_config_has_the_known_sections(tmp_path: Path) -> None:

@@ -134,6 +134,30 @@ def test_what_the_hub_does_not_have(
     assert expected in text
 
 
+@pytest.mark.parametrize(
+    ("refuse", "expected"),
+    [
+        (
+            (401, "GatedRepo"),
+            "someone/tiny at 0123456789ab: access to this model is restricted; fix: accept the "
+            "licence at https://huggingface.co/someone/tiny, then `huggingface-cli login` or set "
+            "HF_TOKEN; or point at a local copy: WEIGHTS=<dir>, or rehearse with WEIGHTS=synthetic",
+        ),
+        ((403, "GatedRepo"), "access to this model is restricted; fix: accept the licence at "),
+        ((401, ""), "the Hub refuses it with status 401; fix: check that your token may read"),
+        ((403, ""), "the Hub refuses it with status 403; fix: check that your token may read"),
+    ],
+)
+def test_what_needs_a_licence_or_a_token(
+    tmp_path: Path, tiny_llama: Path, refuse: tuple[int, str], expected: str
+) -> None:
+    with serve_hub(LocalHub(tiny_llama, "someone/tiny", REVISION, refuse=refuse)) as hub:
+        code, text = _fetch(_hub_config(tmp_path), tmp_path / "out", hub.url, tmp_path / "home")
+    assert code == 4, text
+    assert expected in text
+    assert "Traceback" not in text
+
+
 def test_local_weights_are_linked_not_copied(tmp_path: Path, tiny_llama: Path) -> None:
     link_local(tiny_llama, tmp_path)
     assert (tmp_path / "model.safetensors").is_symlink()

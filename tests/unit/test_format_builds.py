@@ -12,7 +12,7 @@ from pipeline.config import load_config
 from pipeline.run import run
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
-from tests.unit.test_run import Recorder
+from tests.run_views import Recorder
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from pipeline.progress import SilentProgress
 from pipeline.run import run
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
-from tests.unit.test_run import Recorder
+from tests.run_views import Recorder
 
 SHARED = ("q_proj", "k_proj", "v_proj")
 

@@ -13,7 +13,7 @@ from pipeline.run import run
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
-from tests.unit.test_run import Recorder
+from tests.run_views import Recorder
 
 MIXED = {"format": "mixed", "budget": "6 bits"}
 

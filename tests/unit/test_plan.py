@@ -19,6 +19,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.weights import override_weights
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
+from tests.machines import AMPLE
 from tests.tiny import write_tiny_llama
 from tests.tiny_text import write_tiny_tokenizer
 
@@ -32,7 +33,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _plan(config: Path, root: Path) -> Plan:
     workspace = Workspace(root)
-    return make_plan(load_config(config), workspace.store, workspace.digests())
+    return make_plan(load_config(config), workspace.store, workspace.digests(), AMPLE)
 
 
 def _variant(build: Path, tmp_path: Path, **changes: object) -> Path:
@@ -54,14 +55,6 @@ def _variant(build: Path, tmp_path: Path, **changes: object) -> Path:
 
 def _texts(plan: Plan) -> list[str]:
     return [str(problem) for problem in plan.problems]
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_of_the_repository_is_planned(path: Path, tmp_path: Path) -> None:
-    plan = _plan(path, tmp_path)
-    assert _texts(plan) == []
-    assert plan.forecast is not None
-    assert plan.forecast.free_bytes > 0
 
 
 def test_the_steps_of_a_quantized_build(build: Path, tmp_path: Path) -> None:
@@ -105,6 +98,16 @@ def test_a_change_repeats_only_what_depends_on_it(
     assert {name for name in after if after[name] != before[name]} == expected
 
 
+def test_several_ranks_are_not_served(build: Path, tmp_path: Path) -> None:
+    plan = _plan(_variant(build, tmp_path, mapping__tp=2), tmp_path)
+    assert _texts(plan) == []
+    assert [step.stage.name for step in plan.steps] == ["fetch", "convert", "build", "verify"]
+    assert (
+        "2 ranks: no Triton model repository is made; it would serve from the CPU, which runs one rank"
+        in plan.notes
+    )
+
+
 def test_keys_follow_the_content_of_files_not_their_path(build: Path, tmp_path: Path) -> None:
     before = _keys(build, tmp_path)
     moved = tmp_path / "moved"
@@ -122,12 +125,17 @@ def test_keys_follow_the_content_of_files_not_their_path(build: Path, tmp_path: 
     ("change", "expected"),
     [
         (
-            {"mapping__tp": 2},
-            "mapping.tp: 2 ranks: engines of more than one rank are not built yet",
-        ),
-        (
             {"build__backend": "tensorrt_rtx", "target": "h100-80gb"},
             "target: ",
+        ),
+        (
+            {"build__backend": "tensorrt_rtx", "build__also_for": ["l4", "h100-80gb"]},
+            "build.also_for: TensorRT-RTX 1.7 cannot compile for h100-80gb (SM90)",
+        ),
+        (
+            {"build__also_for": ["l4"]},
+            "build.also_for: an engine of backend onnxruntime is for one target; "
+            "allowed: backend tensorrt_rtx; fix: remove it, or one YAML per target",
         ),
         (
             {"build__max_seq_len": 512},
@@ -173,8 +181,9 @@ def test_an_engine_that_cannot_fit_its_target(tmp_path: Path) -> None:
     assert plan.forecast is not None
     assert 137e9 < plan.forecast.rank_bytes[0] < 139e9  # 137.95 GB: published parameter count x 2
     (text,) = _texts(plan)
-    assert "the target has 25.77 GB" in text
-    assert "the weights alone do not fit" in text
+    assert "weights and KV cache need 139.30 GB, the target has 25.77 GB" in text
+    assert "quantize.format" not in text  # 36 GB of int4, on one card, are too many
+    assert "mapping.tp: 8 (8 GPUs, weights 17.25 GB" in text
 
 
 def test_mixed_dtypes_are_seen_by_the_plan(build: Path, tmp_path: Path) -> None:
@@ -207,7 +216,7 @@ def test_two_savers_of_digests_lose_nothing(build: Path, tmp_path: Path) -> None
 
 def test_all_problems_are_listed_at_once(build: Path, tmp_path: Path) -> None:
     config = _variant(
-        build, tmp_path, mapping__tp=2, build__max_seq_len=512, verify__data="nowhere.txt"
+        build, tmp_path, mapping__tp=3, build__max_seq_len=512, verify__data="nowhere.txt"
     )
     assert len(_texts(_plan(config, tmp_path))) >= 3
 
@@ -265,6 +274,16 @@ def test_explain_before_anything_was_made(build: Path, tmp_path: Path) -> None:
     reasons = explain(plan, Workspace(tmp_path).store, {})
     assert reasons.pop("publish") == ["nothing is published under this name"]
     assert set(map(tuple, reasons.values())) == {("never made before",)}
+
+
+def test_explain_does_not_compare_with_another_model(build: Path, tmp_path: Path) -> None:
+    """A demo in the store says nothing of why a model from the Hub is fetched."""
+    store = Workspace(tmp_path).store
+    step = _plan(CONFIGS / "demo.yaml", tmp_path).step("fetch")
+    assert step.action is not None
+    store.commit(step.action, store.new_work_dir(step.action), {})
+    reasons = explain(_plan(CONFIGS / "llama2-13b.yaml", tmp_path), store, {})
+    assert reasons["fetch"] == ["never made before"]
 
 
 def test_large_files_are_not_hashed_by_a_plan(

@@ -27,10 +27,10 @@ from pipeline.verification import Report, VerifyOptions, compare, write_report
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
 from tests.foreign_checkpoints import write_foreign
+from tests.run_views import Recorder
 from tests.tiny import write_tiny_llama
 from tests.tiny_text import made_up_texts, write_tiny_tokenizer
 from tests.unit.test_pickled import as_pickles
-from tests.unit.test_run import Recorder
 
 QUIET = SilentProgress()
 LIMITS = BuildLimits(max_batch_size=2, max_seq_len=64, max_input_len=32)
@@ -138,7 +138,7 @@ def compared(source: Path, work_dir: Path, options: ConvertOptions) -> Report:
     export_network(converted, 0, engine, LIMITS, QUIET)
     write_engine_config(converted, engine, LIMITS)
     windows = VerifyOptions(num_windows=2, seq_len=32, gates=None)
-    report = compare(source, engine, made_up_texts(12, seed=7), windows, QUIET)
+    report = compare(source, engine, made_up_texts(12, seed=7), windows, QUIET, work_dir)
     write_report(report, work_dir)
     return report
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -25,26 +24,7 @@ from pipeline.store import LOG
 from pipeline.workspace import Workspace
 from tests.build_config import write_build
 from tests.hub import LocalHub, serve_hub
-
-
-class Recorder:
-    """A run view that remembers."""
-
-    def __init__(self) -> None:
-        self.hits: list[str] = []
-        self.lines: list[str] = []
-
-    def stage_hit(self, step: Step) -> None:
-        self.hits.append(step.stage.name)
-
-    def stage_starts(self, step: Step) -> Progress:
-        return SilentProgress()
-
-    def stage_done(self, step: Step, seconds: float, facts: dict[str, Any]) -> None:
-        """Not needed."""
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
+from tests.run_views import Recorder
 
 
 def _run(config: Path, root: Path, view: Recorder | None = None) -> RunResult:
@@ -288,6 +268,8 @@ def test_two_runs_at_once_make_everything_once(tmp_path: Path) -> None:
     assert [process.returncode for process in runs] == [0, 0], outputs
     executed = [stage for out, _ in outputs for stage in json.loads(out)["executed"]]
     assert sorted(executed) == ["build", "convert", "fetch", "serve", "verify"]
+    said = "".join(errors for _, errors in outputs)
+    assert ": another run is making the same artifact; waiting for it" in said
     assert _visible(tmp_path) == {"engines/tiny", "triton_repo/tiny"}
 
 
