@@ -18,7 +18,7 @@ from tests.triton.tiny_engine import build_tiny_engine
 
 MODEL = "ensemble"
 NUM_SLOTS = 2
-LIMITS = BuildLimits(max_batch_size=NUM_SLOTS, max_seq_len=4096, max_input_len=96)
+LIMITS = BuildLimits(max_batch_size=NUM_SLOTS, max_seq_len=16384, max_input_len=96)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny engine: 2 slots, 4096 positions, prompts of at most 96 tokens, never at an end."""
+    """A tiny engine: 2 slots, 16384 positions, prompts of at most 96 tokens, never at an end."""
     return build_tiny_engine(tmp_path_factory.mktemp("engine"), LIMITS, eos_ids=())
 
 

@@ -46,9 +46,9 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens: 0 is not positive; allowed: 1 or more"),
     ({"max_tokens": -3}, "max_tokens: -3 is not positive; allowed: 1 or more"),
     (
-        {"max_tokens": 4095},
-        "max_tokens: 2 prompt tokens + 4095 = 4097 are more than max_seq_len = 4096; "
-        "allowed: 1 to 4094 with this prompt; "
+        {"max_tokens": 16383},
+        "max_tokens: 2 prompt tokens + 16383 = 16385 are more than max_seq_len = 16384; "
+        "allowed: 1 to 16382 with this prompt; "
         "fix: ask for fewer tokens, or build the engine with a larger max_seq_len",
     ),
     ({"temperature": -0.5}, "temperature: -0.5; allowed: 0 (greedy) or a larger number"),

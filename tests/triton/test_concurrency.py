@@ -14,7 +14,7 @@ from pipeline.serving.client import AskOptions, Protocol, ask
 from pipeline.serving.server import TritonServer
 from tests.triton.conftest import MODEL, NUM_SLOTS, local_text
 
-LONG = 3000  # tokens; seconds of work, so that what waits for its end is clearly late
+LONG = 12000  # tokens; many seconds of work, so that what waits for its end is clearly late
 PROTOCOLS: list[Protocol] = ["http", "grpc"]
 
 
