@@ -10,6 +10,20 @@ import yaml
 from tests.tiny import write_tiny_llama
 from tests.tiny_text import made_up_texts, write_tiny_tokenizer
 
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+}
+"""Of a synthetic model."""
+
 
 def write_build(
     root: Path, *, fmt: str = "fp16", backend: str = "onnxruntime", **sections: Any

@@ -16,7 +16,7 @@ from pipeline.build_config import BuildConfig
 from pipeline.checkpoint.trtllm_config import QUANT_FILE
 from pipeline.dead_process import death_problem
 from pipeline.engine.engine_config import CONFIG_FILE
-from pipeline.engine.trtllm_environment import HostTool, Tool, missing_flags
+from pipeline.engine.trtllm_environment import Tool, missing_flags
 from pipeline.engine.trtllm_flags import BuildSubject
 from pipeline.engine.trtllm_version import PINNED
 from pipeline.errors import CheckpointError, GateError, Problem, StageError, ToolError
@@ -203,8 +203,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from error
     assert isinstance(value, dict)
     return value
-
-
-def tool_name(tool: Tool) -> str:
-    """For people and manifests."""
-    return str(tool.program) if isinstance(tool, HostTool) else tool.image

@@ -4,7 +4,7 @@ from pipeline.launch.hosts import hostfile_problem, started_too_often
 from pipeline.launch.job import RankJob
 from pipeline.launch.mpirun import Mpirun, find_mpirun
 from pipeline.launch.progress import ProgressFiles, RankProgress, RanksView
-from pipeline.launch.ranks import processes_that_fit, run_at_once, run_ranks
+from pipeline.launch.ranks import processes_that_fit, run_at_once, run_in_view, run_ranks
 
 __all__ = [
     "Mpirun",
@@ -16,6 +16,7 @@ __all__ = [
     "hostfile_problem",
     "processes_that_fit",
     "run_at_once",
+    "run_in_view",
     "run_ranks",
     "started_too_often",
 ]

@@ -21,8 +21,10 @@ from pipeline.errors import PipelineError, Problem, StageError, error_from_json
 from pipeline.launch.job import LAST_WORDS, RankJob, failure, first_failure, read_witness
 from pipeline.launch.memory_queue import too_large
 from pipeline.launch.mpirun import find_mpirun, refusal, reported_death, without_mpi
+from pipeline.launch.progress import ProgressFiles, RanksView
 from pipeline.memory import free_memory_bytes
 from pipeline.orphans import end_with_parent
+from pipeline.progress import Progress
 
 _POLL_S = 0.02
 _END_S = 5.0
@@ -67,6 +69,36 @@ def run_ranks(
             on_note(f"{job.where}: {too_large(job.memory_bytes, bound)}")
         _run_together([job], lambda _: None, on_tick)
         on_done(index)
+
+
+def run_in_view(
+    jobs: Sequence[RankJob],
+    mode: LaunchMode,
+    jobs_path: Path,
+    progress: Progress,
+    *,
+    hostfile: Path | None,
+    max_memory_bytes: int | None = None,
+) -> None:
+    """As `run_ranks`, with the progress of all ranks, from the files of their jobs, in one line."""
+    view = RanksView([job.where for job in jobs], progress)
+    files = ProgressFiles([Path(job.progress_path) for job in jobs], view.on_event)
+
+    def on_tick() -> None:
+        files.poll()
+        view.show()
+
+    run_ranks(
+        jobs,
+        mode,
+        jobs_path,
+        view.done,
+        hostfile=hostfile,
+        max_memory_bytes=max_memory_bytes,
+        on_note=progress.say,
+        on_tick=on_tick,
+    )
+    files.finish()
 
 
 def run_at_once(jobs: Sequence[RankJob], on_tick: Callable[[], None] = lambda: None) -> None:

@@ -20,7 +20,7 @@ from pipeline.engine.rank_dirs import (
 from pipeline.engine.tensorrt_request import PlanOptions
 from pipeline.errors import Problem, StageError
 from pipeline.hardlink import link_or_copy
-from pipeline.launch import ProgressFiles, RankJob, RanksView, run_ranks
+from pipeline.launch import RankJob, run_in_view
 from pipeline.network.limits import BuildLimits
 from pipeline.stages.build_tools import effective_backend, known_version, tool_problems
 from pipeline.stages.launching import hostfile, launch_needs, launch_problems, max_memory_bytes
@@ -120,25 +120,15 @@ def _build_ranks(context: StageContext, ranks: Sequence[int]) -> None:
         return
     with tempfile.TemporaryDirectory(prefix=".ranks-", dir=context.out_dir) as scratch:
         jobs = [_rank_job(context, rank, Path(scratch)) for rank in ranks]
-        view = RanksView([job.where for job in jobs], context.progress)
-        files = ProgressFiles([Path(job.progress_path) for job in jobs], view.on_event)
-
-        def on_tick() -> None:
-            files.poll()
-            view.show()
-
         try:
-            run_ranks(
+            run_in_view(
                 jobs,
                 build.launch,
                 Path(scratch) / "jobs.json",
-                view.done,
+                context.progress,
                 hostfile=hostfile(context.loaded),
                 max_memory_bytes=max_memory_bytes(context.loaded),
-                on_note=context.progress.say,
-                on_tick=on_tick,
             )
-            files.finish()
         finally:
             keep_logs(ranks_dir, context.out_dir)
     for rank in ranks:

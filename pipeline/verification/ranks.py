@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.engine.collectives import Alone, Collectives, OverMpi
 from pipeline.errors import PipelineError, error_to_json
-from pipeline.launch import ProgressFiles, RankJob, RankProgress, RanksView, run_ranks
+from pipeline.launch import RankJob, RankProgress, run_in_view
 from pipeline.orphans import die_with_parent
 from pipeline.parallel import Mapping
 from pipeline.progress import Progress
@@ -93,15 +93,7 @@ def run_engine(
         return found
     progress.start(facts.world_size, "ranks")
     jobs = [_job(request, rank, work_dir) for rank in range(facts.world_size)]
-    view = RanksView([job.where for job in jobs], progress)
-    files = ProgressFiles([Path(job.progress_path) for job in jobs], view.on_event)
-
-    def on_tick() -> None:
-        files.poll()
-        view.show()
-
-    jobs_path = work_dir / "jobs.json"
-    run_ranks(jobs, "mpirun", jobs_path, view.done, hostfile=hostfile, on_tick=on_tick)
+    run_in_view(jobs, "mpirun", work_dir / "jobs.json", progress, hostfile=hostfile)
     return Measurement.load(request.measurement_path)
 
 

@@ -22,22 +22,10 @@ from pipeline.run import RunResult, run
 from pipeline.run_config import RunConfig
 from pipeline.store import Action, Store
 from pipeline.workspace import Workspace
-from tests.build_config import write_build
+from tests.build_config import SHAPE, write_build
 from tests.run_views import Recorder
 
 NEEDED = {"run": {"keep": "needed"}}
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 4096,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-}
 
 
 def _run(config: Path, root: Path, view: Recorder | None = None) -> RunResult:

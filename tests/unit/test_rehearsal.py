@@ -15,20 +15,8 @@ from pipeline.plan import Plan, make_plan
 from pipeline.stages.worker import Job
 from pipeline.weights import override_weights
 from pipeline.workspace import Workspace
-from tests.build_config import write_build
+from tests.build_config import SHAPE, write_build
 
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 4096,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-}
 NOTE = (
     "rehearsal: 4 samples of 128 tokens instead of 96 of 512 to calibrate, "
     "2 windows of 128 tokens instead of 64 of 256 to verify"
